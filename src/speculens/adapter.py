@@ -1,0 +1,73 @@
+"""`model.generate(..., custom_generate=custom_generate(drafter))`: tree decoding behind Hugging Face's own door.
+
+`generate` prepares positions, logits processors and stopping criteria; the engine does the rest. It takes `streamer`
+away before a custom loop sees it, so pass a streamer as `stream_to` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from speculens.drafters.base import Drafter
+from speculens.engine import Engine
+from speculens.errors import UserError
+from speculens.sampling import Sampling
+from speculens.targets.base import Prompt, Target
+from speculens.tree import TreeShape
+
+
+def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = None) -> Callable[..., Tensor]:
+    """A function for `generate(custom_generate=...)` that returns prompt and output ids, (1, n).
+
+    Sampling with the same `seed` (a keyword of its own, default 0) gives the same tokens with any drafter and with
+    none; it does not use torch's global generator. Raises UserError for batches, beams and stateful processors.
+    """
+
+    def tree_decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        stream_to: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        if generation_config is None:
+            raise UserError("Call this through model.generate(custom_generate=...), which prepares its arguments.")
+        if len(input_ids) != 1:
+            raise UserError(f"Tree decoding through generate takes one sequence, not {len(input_ids)}: use Engine for batches.")
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        inputs = {k: v for k, v in inputs.items() if v is not None and k not in ("past_key_values", "use_cache")}
+        prompt = Prompt(input_ids[0].cpu(), inputs, (input_ids[0] == model.config.image_token_id).cpu())
+        sampling = Sampling(
+            temperature=1.0 if generation_config.do_sample else 0.0,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            seed=seed,
+            ignore_eos=True,  # the criteria below know every end, EOS ids included
+            processors=tuple(logits_processor or ()),
+        )
+        engine = Engine(Target(model), drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
+        ids = input_ids
+        for step in engine.stream(prompt, sampling):
+            for token in step.tokens:
+                ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+                if stream_to is not None:
+                    stream_to.put(ids[0, -1:].cpu())
+                if stopping_criteria is not None and bool(stopping_criteria(ids, None).all()):  # type: ignore[arg-type]
+                    return _ended(ids, stream_to)
+        return _ended(ids, stream_to)
+
+    return tree_decode
+
+
+def _ended(ids: Tensor, stream_to: Any) -> Tensor:
+    if stream_to is not None:
+        stream_to.end()
+    return ids

@@ -1,0 +1,172 @@
+"""Preallocated keys and values for every slot: append, keep the accepted path in place, free.
+
+This is the only file that knows transformers' `Cache`. One block of memory is allocated when the cache is made, so the
+bytes are known before the first request; nothing grows later.
+
+Running slots always fill rows 0 .. running-1, so a step works on views and never gathers K/V. `free(row)` therefore
+moves the last running slot into the freed row; whoever keeps state per row must do the same.
+
+Calls that write: `aim` says where the next write goes, `write` writes, `keep` commits, `free` forgets. Columns at or
+beyond a slot's length hold junk at all times; whoever reads must mask them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotCache:
+    """Keys and values of `layers` attention layers for up to `slots` sequences of up to `capacity` columns.
+
+    lengths  (slots,) long on the device: committed columns of each row
+    extents  the host's upper bound of the same, exact after `settle`; decides how many columns a step looks at
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        capacity: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.slots, self.capacity, self.heads, self.head_dim = slots, capacity, heads, head_dim
+        self.running = 0
+        self.extents = [0] * slots
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=devices[0])
+        # One block per device holds the keys and values of all its layers: keep() is then two kernels, not 4 per layer.
+        self._blocks: dict[torch.device, Tensor] = {}
+        self._place: list[tuple[torch.device, int]] = []
+        for device in devices:
+            self._place.append((device, 2 * sum(d == device for d, _ in self._place)))
+        for device in set(devices):
+            count = 2 * sum(d == device for d in devices)
+            self._blocks[device] = torch.zeros(count, slots * capacity, heads * head_dim, dtype=dtype, device=device)
+        self._rows = range(0)
+        self._columns = 0
+        self._index = self.lengths.new_zeros(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, all of them from the start."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    @property
+    def seen(self) -> int:
+        """Upper bound of the committed columns of the rows that `aim` last named."""
+        return max((self.extents[row] for row in self._rows), default=0)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the next reads return: the longest aimed row, with what is written on top."""
+        return self._columns
+
+    def admit(self) -> int:
+        """Open the next row, empty, and return its number."""
+        if self.running == self.slots:
+            raise RuntimeError(f"all {self.slots} slots are running")
+        row = self.running
+        self.running += 1
+        self.lengths[row] = 0
+        self.extents[row] = 0
+        return row
+
+    def aim(self, rows: range, width: int, start: int = 0) -> None:
+        """Let the next writes go to columns `length + start` .. `+ width` of these rows, and reads return all before."""
+        self._rows = rows
+        self._columns = self.seen + start + width
+        if self._columns > self.capacity:
+            raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
+        base = torch.arange(rows.start, rows.stop, device=self.lengths.device) * self.capacity
+        base = base + self.lengths[rows.start : rows.stop] + start
+        self._index = (base[:, None] + torch.arange(width, device=base.device)).flatten()
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, heads, n, head_dim) keys and values of the aimed rows; return views (B, heads, columns, head_dim)."""
+        return self._put(layer, 0, keys), self._put(layer, 1, values)
+
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Commit the accepted path of every running slot, in place.
+
+        path    (B, P) offsets of the kept columns from each slot's length, in order; the first `counts` are committed
+        counts  (B,) how many
+        """
+        batch, width = path.shape
+        base = torch.arange(batch, device=path.device)[:, None] * self.capacity + self.lengths[:batch, None]
+        source = (base + path).flatten()
+        target = (base + torch.arange(width, device=path.device)).flatten()
+        for device, block in self._blocks.items():
+            # The right-hand side is gathered before anything is written, so overlapping moves are safe.
+            block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
+        self.lengths[:batch] += counts
+        for row in range(batch):
+            self.extents[row] += width
+
+    def commit(self, rows: range, counts: Sequence[int]) -> None:
+        """Commit the first `counts` of the columns just written to these rows."""
+        self.lengths[rows.start : rows.stop] += torch.tensor(counts, device=self.lengths.device)
+        for row, count in zip(rows, counts, strict=True):
+            self.extents[row] += count
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Tell the host's side the exact lengths of the running slots, once they are known."""
+        self.extents[: len(lengths)] = lengths
+
+    def free(self, row: int) -> None:
+        """Forget a row; the last running slot takes its place."""
+        last = self.running - 1
+        if row != last:
+            length = self.extents[last]
+            for block in self._blocks.values():
+                slots = block.view(len(block), self.slots, self.capacity, -1)
+                slots[:, row, :length] = slots[:, last, :length]
+            self.lengths[row] = self.lengths[last]
+            self.extents[row] = length
+        self.running = last
+
+    def as_transformers(self) -> Cache:
+        """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
+        return Cache(layers=[_Layer(self, layer) for layer in range(len(self._place))])
+
+    def _put(self, layer: int, which: int, states: Tensor) -> Tensor:
+        if states.shape[1] != self.heads or states.shape[3] != self.head_dim:
+            raise RuntimeError(
+                f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, the cache {self.heads} of {self.head_dim}"
+            )
+        device, first = self._place[layer]
+        flat = self._blocks[device][first + which]
+        flat.index_copy_(0, self._index.to(device), states.transpose(1, 2).reshape(-1, flat.shape[1]))
+        slots = flat.view(self.slots, self.capacity, self.heads, self.head_dim)
+        return slots[self._rows.start : self._rows.stop, : self._columns].transpose(1, 2)
+
+
+class _Layer(CacheLayerMixin):
+    """One layer of a SlotCache in the form transformers calls. Sliding windows are the mask's affair, not ours."""
+
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache, layer: int) -> None:
+        super().__init__()
+        self._cache, self._layer = cache, layer
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Everything is allocated already."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        return self._cache.write(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._cache.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.columns, 0
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity

@@ -1,0 +1,97 @@
+"""What a drafter is to the engine: something that begins, drafts, observes and frees.
+
+A drafter can never change the output: the target chooses every token, and a tree is only a guess at what it will
+choose. It must be deterministic given what it has been shown, and nothing else is asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from speculens.features import Features
+from speculens.tree import DraftTree, TreeShape
+
+
+class Lender(Protocol):
+    """What a drafter borrows from the target: its frozen embedding and head (targets.base.Target has these)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def embed(self, tokens: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class DraftSession(Protocol):
+    """A drafter's state for a set of slots. Rows are numbered as in the target's cache: free moves the last one in.
+
+    nodes  the largest tree it will ever draft, the root included
+    """
+
+    @property
+    def nodes(self) -> int: ...
+
+    def begin(self, features: Features, first: Tensor) -> None:
+        """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,)."""
+
+    def draft(self, roots: Tensor) -> DraftTree:
+        """Guess: a tree on each running slot's newest token, roots (B,)."""
+
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
+        """See what was accepted.
+
+        hidden  (B, A, H) the target's features along each accepted path
+        tokens  (B, A) long, the target's choice at each of them (the last is the next root)
+        counts  how many of the A are real in each slot
+        """
+
+    def free(self, row: int) -> None:
+        """Forget a slot; the last running one takes its row."""
+
+
+class Drafter(Protocol):
+    """Makes sessions. `name` is what tables call it."""
+
+    name: str
+
+    def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
+        """Room for `slots` sequences of up to `capacity` rows; `shape` overrides the drafter's own tree."""
+
+    def describe(self) -> dict[str, Any]:
+        """What `inspect` shows."""
+
+
+class NoDrafter:
+    """Drafts nothing: a tree of one node. The autoregressive baseline is the same loop with the same kernels."""
+
+    name = "none"
+
+    def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
+        return _NoSession()
+
+    def describe(self) -> dict[str, Any]:
+        return {"drafter": self.name, "image_contract": "hidden", "tree": {"num_draft_tokens": 1}}
+
+
+class _NoSession:
+    nodes = 1
+
+    def begin(self, features: Features, first: Tensor) -> None: ...
+
+    def draft(self, roots: Tensor) -> DraftTree:
+        return DraftTree.root(roots)
+
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None: ...
+
+    def free(self, row: int) -> None: ...

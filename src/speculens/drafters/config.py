@@ -1,0 +1,64 @@
+"""What a drafter checkpoint says about itself: the `config.json` of our own layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from speculens.errors import UserError
+from speculens.tree import TreeShape
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of a drafter and of the target that it was made for.
+
+    speculator_type      the method: `eaglevlm`, ...
+    image_contract       what it sees of a picture: full | compress | adaptor | hidden
+    target_*             of the target whose embedding and head it borrows
+    input_norm           RMSNorm before the layer's attention. Off in EAGLE; on for EagleVLM's stability (SpecVLM, 3.1)
+    tree                 the tree it was tuned for; engine options override it
+    options              what only this method knows
+    """
+
+    speculator_type: str
+    target_hidden_size: int
+    target_vocab_size: int
+    target_family: str
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    image_contract: str = "full"
+    num_hidden_layers: int = 1
+    draft_vocab_size: int | None = None
+    num_query_tokens: int = 0
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    input_norm: bool = True
+    tree: TreeShape = field(default_factory=TreeShape)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DrafterConfig:
+        """Inverse of `to_dict`; raises UserError on missing or unknown keys."""
+        known = {f.name for f in dataclasses.fields(DrafterConfig)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"The drafter's config.json has unknown keys: {', '.join(unknown)}.")
+        values = dict(values)
+        if "tree" in values:
+            values["tree"] = TreeShape(**values["tree"])
+        try:
+            return DrafterConfig(**values)
+        except TypeError as error:
+            raise UserError(f"The drafter's config.json is incomplete: {error}.") from None

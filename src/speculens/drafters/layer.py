@@ -1,0 +1,90 @@
+"""The one decoder layer that every trained drafter has: attention with 1-D RoPE, SwiGLU, RMSNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speculens.drafters.config import DrafterConfig
+
+# attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
+# The caller decides where keys and values live and who sees whom: training, prefill and tree growth differ only here.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the target's kind. Parameter names are those of the published EAGLE checkpoints."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        size, eps = config.target_hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(size, eps) if config.input_norm else nn.Identity()
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.mlp = _SwiGLU(size, config.intermediate_size)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x (B, m, H) at positions (B, m) -> (B, m, H). No final norm (EAGLE-2: the output is a target feature)."""
+        x = x + self.self_attn(self.input_layernorm(x), positions, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        size, bias = config.target_hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        cos, sin = _rope(positions, self.head_dim, self.theta, x.dtype)
+        queries, keys, values = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = attend(_rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2), as Llama and Qwen do."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Each row sees itself and all rows before it; padding on the right then harms nobody."""
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+
+
+def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """Attention under a mask (B, m, S) bool, without repeating keys and values: the head group joins the query axis."""
+    batch, heads, rows, dim = queries.shape
+    groups = heads // keys.shape[1]
+    folded = queries.reshape(batch, keys.shape[1], groups * rows, dim)
+    mask = allowed[:, None].repeat(1, 1, groups, 1)
+    return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(batch, heads, rows, dim)

@@ -1,0 +1,27 @@
+"""What crosses from the target to the drafter, and nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the frozen target reveals after one pass over B sequences of up to n rows, padded on the right.
+
+    tokens     (B, n) long, with image placeholders where the picture stands
+    hidden     (B, n, H) last hidden states, after the final norm
+    embeds     (B, n, H) what entered the decoder: token embeddings, and projected visual features at image rows
+    positions  (B, n) long, plain sequence index (never M-RoPE)
+    image      (B, n) bool, True where the row is part of a picture
+    lengths    (B,) long, rows beyond it are padding
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    embeds: Tensor
+    positions: Tensor
+    image: Tensor
+    lengths: Tensor

@@ -1,0 +1,257 @@
+"""From logits to the chosen token: the only definition of the output distribution.
+
+Greedy takes the argmax of the processed logits. Sampling takes the argmax of processed logits plus Gumbel noise, which
+is one exact draw from their softmax (Gumbel-max). The noise of output position t depends only on (seed, t, token), so
+the same seed gives the same tokens with any drafter and with none.
+
+Logits are cast to float32 before processing, as Hugging Face's `generate` does; the warpers are Hugging Face's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from speculens.errors import UserError
+from speculens.tree import DraftTree
+
+# Processors that carry state from call to call, or run a model of their own, would see the nodes of a tree as one
+# history. They cannot be honoured per node, so they are refused by name.
+STATEFUL_PROCESSORS = frozenset({
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "ClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "WatermarkLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+    "AlternatingCodebooksLogitsProcessor",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop. The defaults are greedy decoding.
+
+    temperature           0 is greedy (argmax)
+    top_k, top_p, min_p   as in Hugging Face; 0, 1 and 0 switch them off. Ignored when greedy, as there
+    repetition_penalty    1 is off; counts prompt and output, and each tree node's own ancestors
+    no_repeat_ngram_size  0 is off
+    max_new_tokens        exact upper bound of emitted tokens
+    seed                  the same seed gives the same text, whatever the drafter
+    stop                  stop strings: the text ends with the token that completes one
+    ignore_eos            go on after end-of-sequence tokens (for measuring)
+    processors            further stateless Hugging Face logits processors, run node by node before the warpers
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    processors: tuple[LogitsProcessor, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            message
+            for bad, message in (
+                (not 0 <= self.temperature < float("inf"), f"temperature must be 0 or more, not {self.temperature}"),
+                (self.top_k < 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
+                (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
+                (not 0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
+                (not self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}"),
+                (self.no_repeat_ngram_size < 0, f"no_repeat_ngram_size must be 0 or more, not {self.no_repeat_ngram_size}"),
+                (self.max_new_tokens < 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
+                (any(not text for text in self.stop), "a stop string must not be empty"),
+            )
+            if bad
+        ]
+        for processor in self.processors:
+            if type(processor).__name__ in STATEFUL_PROCESSORS:
+                wrong.append(f"{type(processor).__name__} keeps state between calls and cannot be applied to a tree")
+        if wrong:
+            raise UserError(f"{'; '.join(wrong)}.")
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the choice at a node depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0 or bool(self.processors)
+
+    @property
+    def law(self) -> Sampling:
+        """The same without what does not touch the processed logits: slots of one law are processed together."""
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.no_repeat_ngram_size,
+            processors=self.processors,
+        )
+
+
+def choose(
+    logits: Tensor,
+    tree: DraftTree,
+    samplings: Sequence[Sampling],
+    position: Tensor,
+    history: Sequence[Sequence[int]],
+) -> Tensor:
+    """The target's own next token at every node: (B, N) long.
+
+    logits    (B, N, V) raw, of any float dtype
+    tree      the B trees; the token wanted at a node of depth d is output number `position + d`
+    position  (B,) long, output number (from 0) of the token wanted at the root
+    history   per slot the committed token ids before the root, prompt included; read only if a setting needs it
+    """
+    logits = logits.float()
+    laws: dict[Sampling, list[int]] = {}
+    for slot, sampling in enumerate(samplings):
+        laws.setdefault(sampling.law, []).append(slot)
+    if len(laws) == 1:
+        scores = process(logits, next(iter(laws)), tree, history)
+    else:
+        scores = torch.empty_like(logits)
+        for law, slots in laws.items():
+            rows = torch.tensor(slots, device=logits.device)
+            scores[rows] = process(logits[rows], law, _rows(tree, rows), [history[slot] for slot in slots])
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return scores.argmax(-1)
+    seeds = torch.tensor([sampling.seed for sampling in samplings], device=logits.device)
+    drawn = torch.tensor([sampling.temperature > 0 for sampling in samplings], device=logits.device)
+    # Nodes of one depth guess the same output position, so they share its noise.
+    positions = position[:, None] + torch.arange(tree.levels + 1, device=logits.device)
+    noise = gumbel(seeds[:, None], positions, logits.shape[-1]) * drawn[:, None, None]
+    depth = tree.depth[..., None].expand(-1, -1, logits.shape[-1])
+    return (scores + noise.gather(1, depth)).argmax(-1)
+
+
+def process(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequence[Sequence[int]]) -> Tensor:
+    """Apply one setting's processors to (B, N, V) float32 logits, each node with its own history, in HF's order."""
+    batch, nodes, vocab = logits.shape
+    if sampling.needs_history:
+        tokens, lengths = node_histories(tree, history)
+        if sampling.repetition_penalty != 1.0:
+            logits = _repetition_penalty(logits, tokens, lengths, sampling.repetition_penalty)
+        if sampling.no_repeat_ngram_size:
+            logits = _forbid_repeats(logits, tokens, lengths, sampling.no_repeat_ngram_size)
+        if sampling.processors:
+            logits = _node_by_node(logits, tokens, lengths, sampling.processors)
+    if sampling.temperature == 0:
+        return logits
+    scores = logits.reshape(batch * nodes, vocab)
+    for warper in _warpers(sampling):
+        scores = warper(None, scores)  # type: ignore[arg-type]  # none of these reads the ids
+    return scores.view(batch, nodes, vocab)
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise (..., vocab) in float64, a pure function of seed (...), position (...) and token id.
+
+    A counter-based generator (two rounds of the splitmix64 finaliser, Steele et al. 2014) needs no state, so the
+    noise of a position is the same in whatever order, batch or tree it is asked for. The uniform behind it has 53 bits
+    and is never 0 or 1: half-precision uniforms that round to 0 would make impossible tokens possible.
+    """
+    stream = _mix(_mix(seed.long() + _GOLDEN) ^ (position * _GOLDEN))
+    token = torch.arange(1, vocab + 1, device=stream.device)
+    bits = _mix(_mix(stream[..., None] + token * _GOLDEN))
+    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit integers, which wrap around
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def node_histories(tree: DraftTree, history: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Each node's full history: committed tokens, then its own line from the root to itself.
+
+    Returns tokens (B, N, T), padded on the right with -1, and lengths (B, N).
+    """
+    device = tree.tokens.device
+    committed = torch.tensor([len(past) for past in history], device=device)
+    width = int(max(len(past) for past in history))
+    lines = tree.lines()
+    rows = torch.full((len(history), width + lines.shape[2]), -1, device=device)
+    for slot, past in enumerate(history):
+        rows[slot, : len(past)] = torch.as_tensor(past, device=device)
+    tokens = rows[:, None].repeat(1, tree.size, 1)
+    line_tokens = tree.tokens[:, None].expand(-1, tree.size, -1).gather(2, lines.clamp(min=0)).masked_fill(lines < 0, -1)
+    column = committed[:, None, None] + torch.arange(lines.shape[2], device=device)
+    tokens.scatter_(2, column.expand_as(lines), line_tokens)
+    return tokens, committed[:, None] + tree.depth + 1
+
+
+def _repetition_penalty(logits: Tensor, tokens: Tensor, lengths: Tensor, penalty: float) -> Tensor:
+    """Hugging Face's own penalty; it counts each token once, so padding with a token of the same history is harmless."""
+    ids = torch.where(tokens < 0, tokens[..., :1], tokens)
+    scores = RepetitionPenaltyLogitsProcessor(penalty)(ids.flatten(0, 1), logits.flatten(0, 1))
+    return scores.view_as(logits)
+
+
+def _forbid_repeats(logits: Tensor, tokens: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Forbid, at each node, every token that would repeat an n-gram of its own history."""
+    if tokens.shape[2] < size:
+        return logits
+    grams = tokens.unfold(2, size, 1)  # (B, N, T - size + 1, size)
+    tail = lengths[..., None] - size + 1 + torch.arange(size - 1, device=tokens.device)
+    suffix = tokens.gather(2, tail.clamp(min=0))
+    repeats = (grams[..., :-1] == suffix[:, :, None]).all(-1) & (grams[..., -1] >= 0)
+    repeats &= (lengths >= size)[..., None]
+    banned = torch.zeros_like(logits, dtype=torch.int8)
+    banned.scatter_reduce_(2, grams[..., -1].clamp(min=0), repeats.to(torch.int8), reduce="amax")
+    return logits.masked_fill(banned.bool(), -float("inf"))
+
+
+def _node_by_node(logits: Tensor, tokens: Tensor, lengths: Tensor, processors: Sequence[LogitsProcessor]) -> Tensor:
+    scores = logits.clone()
+    for slot, row in enumerate(lengths.tolist()):
+        for node, length in enumerate(row):
+            ids = tokens[slot, node, :length][None]
+            for processor in processors:
+                scores[slot, node] = processor(ids, scores[slot, node][None])[0]
+    return scores
+
+
+def _rows(tree: DraftTree, rows: Tensor) -> DraftTree:
+    return DraftTree(
+        tree.tokens[rows], tree.parents[rows], tree.depth[rows], tree.live[rows], tree.ancestors[rows], tree.levels
+    )

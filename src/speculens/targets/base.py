@@ -1,0 +1,281 @@
+"""The frozen target: any Hugging Face image-text-to-text model, unmodified, entered by its text decoder's door.
+
+Prefill lets the model itself do everything that differs between families (vision tower, merging, M-RoPE, image
+blocks, deepstack): a hook stops its forward at the text decoder's door and takes what would have gone in. From there on
+the decoder is called directly with embeddings, positions, a 4-D mask and our cache (docs/how-it-works.md, the door).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from speculens.cache import SlotCache
+from speculens.conversation import Conversation
+from speculens.errors import UserError
+from speculens.features import Features
+from speculens.targets.processing import encode
+from speculens.tree import DraftTree, tree_mask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One encoded conversation.
+
+    ids     (n,) long on the CPU, image placeholders expanded
+    inputs  what the model's own forward takes (batch of one): input_ids, attention_mask, pixel_values, ...
+    image   (n,) bool, True at image rows
+    """
+
+    ids: Tensor
+    inputs: dict[str, Any]
+    image: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Target:
+    """A frozen model with its processor. Holds no state of any request: that lives in a `TargetSession`."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.decoder = model.get_decoder()
+        self.text_config = model.config.get_text_config()
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        self._softcap_applies: bool | None = None
+
+    # What the model is
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def family(self) -> str:
+        return str(self.model.config.model_type)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.text_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.head.weight.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token embeddings are looked up, and where logits are chosen from."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """Positions that the model was made for."""
+        return int(getattr(self.text_config, "max_position_embeddings", 1 << 30))
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every id that ends a sequence, from the generation config or else the model's."""
+        for config in (self.model.generation_config, self.model.config, self.text_config):
+            ids = getattr(config, "eos_token_id", None)
+            if ids is not None:
+                return frozenset(ids if isinstance(ids, (list, tuple)) else [int(ids)])
+        return frozenset()
+
+    # What it computes
+
+    def encode(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Prompt:
+        """Chat template and processor: the prompt that the model would be given."""
+        if self.processor is None:
+            raise UserError("This target was made without a processor, so it takes encoded prompts only.")
+        inputs, image = encode(
+            self.processor, self.model.config, conversation, add_generation_prompt=add_generation_prompt
+        )
+        return Prompt(inputs["input_ids"][0], inputs, image)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings (..., H), scaled as the model scales them."""
+        return self.embedding(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head on hidden states after the final norm: (..., H) -> (..., V)."""
+        logits = self.head(hidden.to(self.head.weight.device)).to(self.device)
+        if self._softcap_applies:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def session(self, slots: int, capacity: int) -> TargetSession:
+        """Room for `slots` sequences of up to `capacity` rows each."""
+        return TargetSession(self, slots, capacity)
+
+    def teach(self, inputs: dict[str, Any], image: Tensor) -> Features:
+        """One frozen forward over whole sequences, padded on the right: what training distils from.
+
+        inputs  what the model's forward takes, on any device; attention_mask (B, n) marks the real rows
+        image   (B, n) bool
+        """
+        with torch.no_grad():
+            door = self.at_the_door(inputs, cache=None)
+            hidden = self.decoder(**door).last_hidden_state
+            tokens = inputs["input_ids"].to(self.device)
+            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+            lengths = inputs["attention_mask"].sum(1).to(self.device)
+            embeds = door["inputs_embeds"].to(self.device)
+            return Features(tokens, hidden.to(self.device), embeds, positions, image.to(self.device), lengths)
+
+    def at_the_door(self, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """Run the model's own forward up to its text decoder and return what would have gone in."""
+        caught: dict[str, Any] = {}
+
+        def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.update(kwargs)
+            raise _AtTheDoor
+
+        moved = {name: self._fitted(value) for name, value in inputs.items()}
+        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**moved, past_key_values=cache, use_cache=cache is not None)
+        except _AtTheDoor:
+            pass
+        finally:
+            handle.remove()
+        if "inputs_embeds" not in caught:
+            raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
+        return caught
+
+    def _fitted(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def calibrate(self, inputs: dict[str, Any], hidden: Tensor) -> None:
+        """Find out once whether this model's own forward soft-caps its logits: versions of transformers differ."""
+        if self._softcap is None or self._softcap_applies is not None:
+            self._softcap_applies = bool(self._softcap_applies)
+            return
+        own = self.model(**{k: self._fitted(v) for k, v in inputs.items()}, logits_to_keep=1).logits[0, -1].float()
+        plain = self.head(hidden).float()
+        capped = torch.tanh(plain / self._softcap) * self._softcap
+        self._softcap_applies = bool((own - capped).abs().max() < (own - plain).abs().max())
+
+
+class _AtTheDoor(Exception):
+    """Raised by our own hook to leave the model's forward."""
+
+
+class TargetSession:
+    """The target's state for a set of slots: KV cache and position offsets."""
+
+    def __init__(self, target: Target, slots: int, capacity: int) -> None:
+        self.target = target
+        config = target.text_config
+        heads = config.num_attention_heads
+        self.cache = SlotCache(
+            slots=slots,
+            capacity=capacity,
+            heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=target.dtype,
+            devices=[next(layer.parameters()).device for layer in target.decoder.layers],
+        )
+        self._past = self.cache.as_transformers()
+        # Next position minus number of rows: not 0 on M-RoPE targets (a picture takes fewer positions than rows) and on
+        # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
+        self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
+        self._axes = 1
+        types = getattr(config, "layer_types", None) or ()
+        self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
+
+    @torch.no_grad()
+    def prefill(self, prompt: Prompt) -> tuple[Tensor, Features]:
+        """Admit a prompt into the next row: one forward. Returns logits (1, 1, V) after its last token, and features."""
+        target, cache = self.target, self.cache
+        row = cache.admit()
+        try:
+            cache.aim(range(row, row + 1), len(prompt))
+            door = target.at_the_door(prompt.inputs, self._past)
+            hidden = target.decoder(**{**door, "past_key_values": self._past, "use_cache": True}).last_hidden_state
+        except BaseException:
+            cache.free(row)
+            raise
+        cache.commit(range(row, row + 1), [len(prompt)])
+        target.calibrate(prompt.inputs, hidden[0, -1])
+        positions = door.get("position_ids")
+        self._axes = 3 if positions is not None and positions.ndim == 3 else 1
+        self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - len(prompt)
+        device = target.device
+        features = Features(
+            tokens=prompt.ids[None].to(device),
+            hidden=hidden.to(device),
+            embeds=door["inputs_embeds"].to(device),
+            positions=torch.arange(len(prompt), device=device)[None],
+            image=prompt.image[None].to(device),
+            lengths=torch.tensor([len(prompt)], device=device),
+        )
+        return target.logits(hidden[:, -1:]), features
+
+    @torch.no_grad()
+    def score(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """One pass over every node of every running slot: logits (B, N, V) and hidden states (B, N, H)."""
+        target, cache = self.target, self.cache
+        cache.aim(range(cache.running), tree.size)
+        lengths = cache.lengths[: cache.running]
+        positions = (lengths + self._offsets[: cache.running])[:, None] + tree.depth
+        if self._axes == 3:
+            positions = positions.expand(3, -1, -1)
+        hidden = target.decoder(
+            inputs_embeds=target.embed(tree.tokens),
+            attention_mask=self._mask(lengths, tree),
+            position_ids=positions,
+            past_key_values=self._past,
+            use_cache=True,
+        ).last_hidden_state.to(target.device)
+        return target.logits(hidden), hidden
+
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Commit the accepted path of every running slot; the drafted rest is forgotten."""
+        self.cache.keep(path, counts)
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Exact lengths, once the host knows them."""
+        self.cache.settle(lengths)
+
+    def free(self, row: int) -> None:
+        """Forget a slot; the last running one takes its row."""
+        last = self.cache.running - 1
+        self._offsets[row] = self._offsets[last]
+        self.cache.free(row)
+
+    def _mask(self, lengths: Tensor, tree: DraftTree) -> Any:
+        """The additive float mask in the query's dtype: the only form that is right under eager and sdpa alike."""
+        full = self._additive(tree_mask(lengths, tree.ancestors, self.cache.columns))
+        if self._window is None:
+            return full
+        sliding = tree_mask(lengths, tree.ancestors, self.cache.columns, tree.depth, self._window)
+        return {"full_attention": full, "sliding_attention": self._additive(sliding)}
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        lowest = torch.finfo(self.target.dtype).min
+        mask = torch.zeros(allowed.shape, dtype=self.target.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, lowest)[:, None]
+
+
+def _last_position(positions: Tensor) -> Tensor:
+    """Largest position, from (B, n), M-RoPE's (3, B, n), or (4, B, n) whose first row is the plain text position."""
+    return (positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions).amax()

@@ -1,0 +1,155 @@
+"""The draft tree: guessed tokens and their parents, batched over slots, and the walk that verifies them.
+
+A slot whose text so far ends in "Mars is a" may be guessed like this (tokens left, node numbers right):
+
+    a                       0          parents    [0, 0, 0, 1, 2]
+    ├── red   ── dark       1, 3       depth      [0, 1, 1, 2, 2]
+    └── dusty ── world      2, 4       ancestors of node 4: {0, 2, 4}
+
+Node 0, the root, is a token that the target has already chosen. The target scores all nodes in one pass and
+says at each node which token it wants next; `DraftTree.follow` walks down while a child equals that want.
+Because every emitted token is the target's own want given its own prefix, the walk *is* the verification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speculens.errors import UserError
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How large a dynamic draft tree grows (EAGLE-2, arXiv 2406.16858, section 4).
+
+    num_steps         beam expansions after the first level (`depth` in EAGLE): the tree is `num_steps + 1` levels deep
+    topk              children tried per node, and width of the beam
+    num_draft_tokens  nodes that the target scores in one pass, the root included (as EAGLE and SGLang count)
+    """
+
+    num_steps: int = 5
+    topk: int = 10
+    num_draft_tokens: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "topk", "num_draft_tokens"):
+            least = 0 if name == "num_steps" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"The draft tree's {name} must be at least {least}, not {getattr(self, name)}.")
+
+    @property
+    def levels(self) -> int:
+        """Depth of the deepest node that such a tree can hold."""
+        return min(self.num_steps + 1, self.num_draft_tokens - 1)
+
+    @property
+    def candidates(self) -> int:
+        """How many nodes growth creates before the best are kept."""
+        return self.topk + self.num_steps * self.topk**2
+
+    @property
+    def nodes(self) -> int:
+        """Size of the tree, the root included: small beams may not offer `num_draft_tokens - 1` candidates."""
+        return min(self.num_draft_tokens, self.candidates + 1)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Draft tokens of B slots as trees of N nodes; node 0 is the root and parents come before their children.
+
+    tokens     (B, N) long
+    parents    (B, N) long; the root's parent is itself
+    depth      (B, N) long, 0 at the root
+    live       (B, N) bool; False marks padding that can never be accepted
+    ancestors  (B, N, N) bool; row i marks node i and everything above it
+    levels     a bound on `depth`, known to the host: the width of an accepted path is at most `levels + 1`
+
+    Siblings carry different tokens, so that at most one child can equal the target's want.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depth: Tensor
+    live: Tensor
+    ancestors: Tensor
+    levels: int
+
+    @staticmethod
+    def build(tokens: Tensor, parents: Tensor, depth: Tensor, live: Tensor, levels: int) -> DraftTree:
+        """Complete a tree from (B, N) tokens, parents, depth and live."""
+        return DraftTree(tokens, parents, depth, live, _ancestors(parents, levels), levels)
+
+    @staticmethod
+    def root(tokens: Tensor) -> DraftTree:
+        """The tree of one node, tokens (B,): no draft at all, plain autoregressive decoding."""
+        tokens = tokens[:, None]
+        zeros = torch.zeros_like(tokens)
+        live = torch.ones_like(tokens, dtype=torch.bool)
+        return DraftTree(tokens, zeros, zeros, live, live[:, None], 0)
+
+    @property
+    def size(self) -> int:
+        """Nodes per slot, the root and padding included."""
+        return self.tokens.shape[1]
+
+    def follow(self, want: Tensor) -> tuple[Tensor, Tensor]:
+        """Walk each slot's tree from the root along the target's wants.
+
+        want  (B, N): the target's own next token at each node.
+        Returns path (B, P) with P = min(levels + 1, N), node indices from the root down, and counts (B,), how many of
+        them were accepted (the root always is). Entries beyond a slot's count are other nodes, in no special order.
+        No host read. A node is accepted iff each node on its line equals its parent's want.
+        """
+        agrees = (self.tokens == want.gather(1, self.parents)) & self.live
+        agrees[:, 0] = True
+        accepted = ~(self.ancestors & ~agrees[:, None, :]).any(-1)
+        order = torch.where(accepted, self.depth, self.levels + 1)
+        path = order.argsort(dim=1, stable=True)[:, : self.levels + 1]
+        return path, accepted.sum(1)
+
+    def lines(self) -> Tensor:
+        """(B, N, levels + 1): the nodes from the root down to each node, -1 beyond its depth."""
+        batch, size = self.tokens.shape
+        nodes = torch.arange(size, device=self.tokens.device).expand(batch, size, size)
+        spare = self.levels + 1  # an extra column that swallows every non-ancestor
+        column = torch.where(self.ancestors, self.depth[:, None, :], spare)
+        lines = torch.full((batch, size, spare + 1), -1, device=self.tokens.device)
+        return lines.scatter_(2, column, nodes)[..., :-1]
+
+
+def _ancestors(parents: Tensor, levels: int) -> Tensor:
+    """(B, N, N) bool reachability from (B, N) parents, by squaring: log2(levels) small products."""
+    size = parents.shape[1]
+    eye = torch.eye(size, device=parents.device)
+    reach = torch.maximum(eye, torch.nn.functional.one_hot(parents, size).to(eye.dtype))
+    steps = 1
+    while steps < levels:
+        reach = (reach @ reach).clamp_(max=1)
+        steps *= 2
+    return reach > 0
+
+
+def tree_mask(
+    lengths: Tensor, ancestors: Tensor, columns: int, depth: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Which KV columns each tree node may see: (B, N, columns) bool.
+
+    lengths    (B,) committed rows of each slot; column c < length is the prefix, column length + j is node j
+    ancestors  (B, N, M) bool with M >= N: which of the M newest columns node i may see
+    window     sliding-window size in positions (needs depth (B, N), with M == N); None sees the whole prefix
+    """
+    offset = torch.arange(columns, device=lengths.device) - lengths[:, None]
+    batch, nodes, newest = ancestors.shape
+    index = offset.clamp(0, newest - 1)[:, None].expand(batch, nodes, columns)
+    in_tree = ((offset >= 0) & (offset < newest))[:, None] & ancestors.gather(2, index)
+    prefix = (offset < 0)[:, None]
+    if window is None:
+        return prefix | in_tree
+    if depth is None:
+        raise ValueError("a sliding window needs the depth of the nodes")
+    key_depth = torch.where(offset < 0, offset, depth.gather(1, offset.clamp(0, newest - 1)))
+    near = depth[:, :, None] - key_depth[:, None] < window
+    return (prefix | in_tree) & near

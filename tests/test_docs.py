@@ -1,0 +1,155 @@
+"""The docs tell today's truth: links lead somewhere, commands, options, files and names exist, no path is one machine's."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "speculens"
+FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "examples", "benchmarks", ".ci")
+TEXT = {".md", ".py", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".sh", ".jinja", ".cff", ""}
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
+MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users|tmp)/\w")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def text_files() -> Iterator[Path]:
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT)
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
+                yield path
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def anchors(page: Path) -> set[str]:
+    """A heading's anchor as code hosts make it: lower case, spaces to hyphens, punctuation gone."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ +(.+?)\s*$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_caught(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# The door\n[a](#the-door) [b](page.md#the-door) [c](#window) [d](gone.md) `[e](code.md)`\n")
+    assert broken_links(page) == ["#window", "gone.md"]
+
+
+def test_no_path_of_one_machine():
+    found = [
+        f"{name(path)}, line {number}: {line.strip()[:100]}"
+        for path in text_files()
+        if path != Path(__file__).resolve()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_a_path_of_one_machine_is_caught():
+    assert MACHINE_PATH.search('open("/home/me/cat.jpg")')
+    assert not MACHINE_PATH.search("see https://host.example/home/things and docs/home/x")
+
+
+# --- code: what a page imports, the package offers
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_snippets_parse_and_import_what_exists(page):
+    for body in fenced(page, "python"):
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("speculens"):
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{node.module} does not offer {missing}"
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "speculens":
+                assert hasattr(importlib.import_module("speculens"), node.attr), f"speculens.{node.attr} does not exist"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in {"LOG.md", "CHANGELOG.md"}], ids=name)
+def test_files_named_in_code_style_exist(page):
+    """`targets/base.py` in prose is in the package or the repository; the two histories may name what is gone."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    named = set(re.findall(r"`([a-z][\w/.-]*\.(?:py|toml|yaml|md))`", prose))
+    assert [file for file in sorted(named) if not any((base / file).exists() for base in (ROOT, PACKAGE))] == []
+
+
+# --- commands: what a page tells the reader to type, the CLI and the Makefile have
+
+
+@cache
+def verbs() -> dict[str, Any]:
+    typer = importlib.import_module("typer")
+    return dict(typer.main.get_command(importlib.import_module("speculens.cli").app).commands)
+
+
+def shown_commands(page: Path, program: str) -> Iterator[list[str]]:
+    """The words of every `program ...` line in the page's shell blocks; continuation lines are joined."""
+    for body in (*fenced(page, "bash"), *fenced(page, "console")):
+        for line in body.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if program in words[:1] or (words and words[0].endswith(f"/{program}")):
+                yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_shown_commands_and_options_exist(page):
+    for verb, *words in shown_commands(page, "speculens"):
+        assert verb in verbs(), f"there is no `speculens {verb}`"
+        offered = {
+            option for parameter in verbs()[verb].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert used <= offered | {"--help"}, f"`speculens {verb}` has no {sorted(used - offered)}"
+
+
+def test_readme_lists_every_command():
+    """The table of commands in the README: `verb` and the first line of its --help, word for word."""
+    rows = re.findall(
+        r"^\| `speculens ([\w-]+)` \| (.+?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    shown = dict(rows)
+    offered = {verb: (command.help or "").strip().splitlines()[0].rstrip(".") for verb, command in verbs().items()}
+    assert {verb: line.rstrip(".") for verb, line in shown.items()} == offered
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_shown_make_verbs_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    shown = {words[0] for words in shown_commands(page, "make") if words} | set(re.findall(r"`make ([\w-]+)", text))
+    assert shown <= targets
