@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import cast
 
 from PIL import ImageFont
 
@@ -41,13 +42,14 @@ class Chart:
         return [row[j] for row in self.values]
 
 
-@lru_cache(maxsize=None)
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """PIL's own font, without the slower complex text layout."""
-    return ImageFont.load_default(size).font_variant(layout_engine=ImageFont.Layout.BASIC)
+    made = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # with a size it is never the bitmap font
+    return made.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=None)
+@cache
 def width(text: str, size: int) -> int:
     """Width of `text` in pixels."""
     return round(font(size).getlength(text))
@@ -81,21 +83,27 @@ def _shape(rng: random.Random, kind: str, size: Size) -> tuple[int, int, tuple[s
     w, h = size
     if kind == "table":
         columns = rng.randint(2, 3) if w >= 240 else 2
-        rows = rng.randint(3, min(6, (h - 28) // 22 - 1))
+        most = min(6, (h - 28) // 22 - 1)
+        rows = max(rng.randint(3, most), rng.randint(3, most))
         return rows, (w - 16) // (columns + 1) - 8, tuple(rng.sample(words.COLUMNS, columns))
     if kind == "grouped":
-        count = rng.randint(3, 4) if w >= 240 else 3
+        count = rng.choice((3, 4, 4)) if w >= 240 else 3
         return count, (w - 16) // count - 4, rng.choice(words.PAIRS)
     if kind == "hbars":
-        return rng.randint(4, max(4, min(7, (h - 28) // 20))), w // 3, ()
+        return _count(rng, min(7, (h - 28) // 19)), w // 3, ()
     if kind == "pie":
         rows = 7 if h > w else min(6, (h - 28) // 19)
-        return rng.randint(4, max(4, rows)), w // 4, ()
-    count = rng.randint(4, 5 if w < 240 else 7)
+        return _count(rng, rows), w // 4, ()
+    count = _count(rng, 5 if w < 240 else 7)
     return count, (w - 16) // count - 2, ()
 
 
-@lru_cache(maxsize=None)
+def _count(rng: random.Random, most: int) -> int:
+    """From 4 to `most` (at least 4), seldom 4."""
+    return rng.choices(range(4, most + 1), [1, 2, 2, 2][: most - 3])[0]
+
+
+@cache
 def _fitting(theme: words.Theme, room: int) -> tuple[str, ...]:
     return tuple(label for label in theme.labels if width(label, LABEL) <= room)
 

@@ -119,11 +119,13 @@ class Feed(IterableDataset):
             torch.set_num_threads(1)
         stream = self.run * workers + worker
         chance = random.Random(f"feed/{stream}")
-        drawn, real = self._drawn(stream, worker), self._real(chance)
-        while True:
-            yield self._batch(chance, drawn, real)
+        numbers, real = itertools.count(stream * APART), self._real(chance)
+        for turn in itertools.count(worker):  # workers start at different sizes
+            yield self._batch(chance, numbers, real, self.sizes[turn % len(self.sizes)])
 
-    def _batch(self, chance: random.Random, drawn: Iterator[list[Row]], real: Iterator[list[Row]]) -> list[Piece]:
+    def _batch(
+        self, chance: random.Random, numbers: Iterator[int], real: Iterator[list[Row]], size: tuple[int, int]
+    ) -> list[Piece]:
         mix, pieces = self.mixture, []
         for _ in range(mix.pieces):
             dice = chance.random()
@@ -131,20 +133,15 @@ class Feed(IterableDataset):
                 pieces.append(self.writer.piece(next(real)))
             elif self.prose is not None and mix.real <= dice < mix.real + mix.prose:
                 pieces.append(self.writer.piece(self._paragraphs(chance)))
-        count = mix.pieces - len(pieces)
-        if count:
-            rows = sorted(next(drawn)[: count * mix.rows], key=lambda row: len(row.ids))
-            pieces += [self.writer.piece(rows[at : at + mix.rows]) for at in range(0, len(rows), mix.rows)]
-        return pieces
+        drawn = self._drawn(itertools.islice(numbers, (mix.pieces - len(pieces)) * mix.rows), size)
+        return pieces + [self.writer.piece(drawn[at : at + mix.rows]) for at in range(0, len(drawn), mix.rows)]
 
-    def _drawn(self, stream: int, worker: int) -> Iterator[list[Row]]:
-        """A batch of charts of one size; sizes take turns."""
-        index = itertools.count(stream * APART)
-        for turn in itertools.count(worker):
-            size = self.sizes[turn % len(self.sizes)]
-            made = [draw.sample(0, next(index), size) for _ in range(self.mixture.batch)]
-            pictures = [np.asarray(one.image) for one in made]
-            yield self.writer.rows(pictures, [one.question for one in made], [one.answer for one in made])
+    def _drawn(self, indices: Iterator[int], size: tuple[int, int]) -> list[Row]:
+        """Charts of one size, the shortest answers first, so that pieces need little padding."""
+        made = [draw.sample(0, index, size) for index in indices]
+        pictures = [np.asarray(one.image) for one in made]
+        rows = self.writer.rows(pictures, [one.question for one in made], [one.answer for one in made])
+        return sorted(rows, key=lambda row: len(row.ids))
 
     def _real(self, chance: random.Random) -> Iterator[list[Row]]:
         """Real rows, gathered until a piece of one size is full."""

@@ -27,7 +27,7 @@ class Forward:
     """`hidden` and `logits` of one model. `before` is how many tokens stand before the image."""
 
     def __init__(self, model: PreTrainedModel, before: int, dtype: torch.dtype, compiled: bool) -> None:
-        wrap: Callable[[Layer], Layer] = torch.compile if compiled else lambda layer: layer
+        wrap: Callable[..., Layer] = torch.compile if compiled else lambda layer, **options: layer
         self.model, self.before, self.dtype = model, before, dtype
         self.text = model.get_decoder()
         self.text_layer = wrap(text_layer)
@@ -60,7 +60,7 @@ class Forward:
         """Positions of one sequence, as the text model's rotary embedding takes them for a batch of one."""
         raise NotImplementedError
 
-    def _prepare(self, wrap: Callable[[Layer], Layer]) -> None:
+    def _prepare(self, wrap: Callable[..., Layer]) -> None:
         raise NotImplementedError
 
     def _angles(self, grid: tuple[int, int] | None, length: int) -> tuple[Tensor, Tensor]:
@@ -73,11 +73,11 @@ class Forward:
 class LlavaForward(Forward):
     """LLaVA: a CLIP tower over 256 patches and a class token, then a two-layer projector."""
 
-    def _prepare(self, wrap: Callable[[Layer], Layer]) -> None:
+    def _prepare(self, wrap: Callable[..., Layer]) -> None:
         tower = self.model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
         self.heads = self.tower.config.num_attention_heads
-        self.vision_layer = wrap(clip_layer)
+        self.vision_layer = wrap(clip_layer, dynamic=False)
         self.vision_weights = [_clip_weights(layer) for layer in self.tower.encoder.layers]
 
     def positions(self, grid: tuple[int, int] | None, length: int) -> Tensor:
@@ -97,9 +97,9 @@ class LlavaForward(Forward):
 class QwenForward(Forward):
     """Qwen2.5-VL: patches stand in window order, every window padded to full size, until they are merged by fours."""
 
-    def _prepare(self, wrap: Callable[[Layer], Layer]) -> None:
+    def _prepare(self, wrap: Callable[..., Layer]) -> None:
         self.tower = self.model.model.visual
-        self.vision_layer = wrap(qwen_layer)
+        self.vision_layer = wrap(qwen_layer, dynamic=False)
         self.vision_weights = [_qwen_weights(block) for block in self.tower.blocks]
         self.layout = cache(self._layout)
 
@@ -116,7 +116,7 @@ class QwenForward(Forward):
 
     def see(self, pixels: Tensor) -> Tensor:
         order, back, cos, sin, mask = self.layout(pixels.shape[1], pixels.shape[2])
-        patches = qwen_patches(pixels)[:, order].to(self.dtype)
+        patches = qwen_patches(pixels).to(self.dtype)[:, order]
         weight = self.tower.patch_embed.proj.weight.sum(2)  # both frames of a still picture are the same
         x = F.linear(patches, weight.flatten(1).to(self.dtype))  # (B, windows, patches, C)
         for number, weights in enumerate(self.vision_weights):
@@ -127,13 +127,14 @@ class QwenForward(Forward):
             else:
                 x = self.vision_layer(x, cos, sin, _repeat(mask, x), weights)
         merger = self.tower.merger
-        x = _rms(x, merger.ln_q.weight, 1e-6).reshape(len(x), -1, merger.hidden_size)[:, back]
+        x = _rms(x, merger.ln_q.weight, 1e-6).reshape(len(x), -1, merger.hidden_size)
+        x = x.index_select(1, back)  # back to reading order, padding left out
         return _linear(F.gelu(_linear(x, merger.mlp[0])), merger.mlp[2])
 
     def _layout(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Constants of one picture size, S patches a window: `order` (W, S) patches in window order, padded with
-        patch 0; `back` (tokens,) where each merged token stands then; `cos`, `sin` (W, S, D); `mask` (W, S) bool,
-        true at real patches, None if no window is padded."""
+        patch 0; `back` (tokens,) where each merged token stands then; `cos`, `sin` (W, S, D); `mask` (W, S), zero at
+        real patches and -inf at padding, None if no window is padded."""
         tower = self.tower
         side, merge = tower.patch_size, tower.spatial_merge_size
         grid = torch.tensor([[1, height // side, width // side]])
@@ -150,7 +151,10 @@ class QwenForward(Forward):
         device = tower.patch_embed.proj.weight.device
         at = get_vision_position_ids(grid, merge).to(device)
         cos, sin = (angle[order.to(device)].clone() for angle in tower.rotary_pos_emb(at, at))
-        mask = None if bool(real.all()) else real.repeat_interleave(merge**2, 1).to(device)
+        mask = None
+        if not bool(real.all()):
+            mask = torch.zeros(order.shape, dtype=self.dtype).masked_fill(~real.repeat_interleave(merge**2, 1), -torch.inf)
+            mask = mask.to(device)
         return order.to(device), back.to(device), cos, sin, mask
 
 
@@ -216,7 +220,7 @@ def clip_layer(x: Tensor, heads: int, eps: float, weights: Weights) -> Tensor:
 
 def qwen_layer(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, weights: Weights) -> Tensor:
     """A Qwen2.5-VL vision block over W windows of S patches. x (B, W, S, C); cos, sin (W, S, D) float32;
-    mask (B * W, 1, 1, S) bool, true where a key counts."""
+    mask (B * W, 1, 1, S) is added to the scores."""
     norm1, norm2, qkv, qkvb, out, outb, gate, gateb, up, upb, down, downb = weights
     batch, windows, size, wide = x.shape
     kind = x.dtype

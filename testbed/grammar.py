@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from testbed import words
 from testbed.charts import Chart, between
@@ -20,13 +21,13 @@ TASKS = ("describe", "table", "compare")
 QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "describe": (
         ("Describe this {it} in detail.", "What does this {it} show?"),
-        ("Describe this {it}, starting with the highest.", "Go through this {it} from high to low."),
+        ("Describe this {it}, starting with the highest{first}.", "Go through this {it} from high to low{by}."),
         ("Describe this {it} for someone who cannot see it.", "Read out this {it}."),
     ),
     "table": (
         ("Write the data as a markdown table.", "Turn this {it} into a markdown table."),
-        ("Write the data as a markdown table with ranks.", "Make a markdown table, and rank the rows."),
-        ("Write the data as a markdown table with {extra}.", "Make a markdown table and add {extra}."),
+        ("Write the data as a markdown table with ranks{by}.", "Make a markdown table, and rank the rows{by}."),
+        ("Write the data as a markdown table and add {extra}.", "Make a markdown table which also tells {extra}."),
     ),
     "compare": (
         ("Compare {them} step by step.", "Compare each of {them} with the one before."),
@@ -57,7 +58,9 @@ def question(chart: Chart, task: str, style: int, paraphrase: int, column: int) 
     if task == "compare" and chart.kind == "grouped":
         return _PAIRED[style][paraphrase].format(a=chart.series[0], b=chart.series[1])
     them = f"the {chart.noun} values" if chart.kind != "table" else f"the {chart.series[column]} values"
-    return QUESTIONS[task][style][paraphrase].format(it=_NAMES[chart.kind], them=them, extra=_extra(chart))
+    by, first = (f" by {chart.series[0]}", f" {chart.series[0]}") if chart.series else ("", "")
+    pattern = QUESTIONS[task][style][paraphrase]
+    return pattern.format(it=_NAMES[chart.kind], them=them, by=by, first=first, extra=_extra(chart))
 
 
 def answer(chart: Chart, task: str, style: int, column: int) -> tuple[str, Facts]:
@@ -117,7 +120,12 @@ def _walk(chart: Chart, values: list[int]) -> str:
     for i in range(1, len(values)):
         verb = _share(values[i]) if chart.kind == "pie" else _move(chart, values[i - 1], values[i], max(values))
         parts.append(f"{_name(chart, i)} {verb} {_show(chart, values[i])}{_extreme(values, i)}.")
-    return " ".join([*parts, _trend(values), _above(chart, values)])
+    return " ".join([*parts, _trend(values), _above(chart, values), _sorted(chart, values)])
+
+
+def _sorted(chart: Chart, values: list[int]) -> str:
+    """The labels and values in order of size."""
+    return f"In order of size: {listed([f'{chart.labels[i]} {_show(chart, values[i])}' for i in _order(values)])}."
 
 
 def _first(chart: Chart) -> str:
@@ -154,11 +162,11 @@ def _extreme(values: list[int], i: int) -> str:
 
 
 def _trend(values: list[int]) -> str:
-    rises = sum(b > a for a, b in zip(values, values[1:], strict=False))
+    rises = sum(b > a for a, b in pairwise(values))
     falls = len(values) - 1 - rises
     if not falls:
         return "The values only rise."
-    return f"They rise {_times(rises)} and fall {_times(falls)}." if rises else "The values only fall."
+    return f"The values rise {_times(rises)} and fall {_times(falls)}." if rises else "The values only fall."
 
 
 def _times(number: int) -> str:
@@ -194,23 +202,27 @@ def _descent(chart: Chart, values: list[int]) -> str:
     """From the highest value to the lowest."""
     order = _order(values)
     parts = [f"The highest is {_name(chart, order[0])} at {_show(chart, values[order[0]])}."]
-    for k, (a, b) in enumerate(zip(order, order[1:], strict=False)):
+    for k, (a, b) in enumerate(pairwise(order)):
         opening = "Last is" if k == len(order) - 2 else ("Next is", "Then")[k % 2]
         gap = _behind(values[a], values[b], values[order[0]])
         parts.append(f"{opening} {_name(chart, b)} at {_show(chart, values[b])}{gap}.")
-    return f"{' '.join(parts)} {_WAYS.get(chart.kind, 'From left to right')}: {listed(chart.labels)}."
+    way = _WAYS.get(chart.kind, "From left to right")
+    return f"{' '.join(parts)} {way}: {listed(chart.labels)}. {_above(chart, values)}"
 
 
 def _list(chart: Chart, values: list[int]) -> str:
     """Every value in one breath, then the extremes and the widest step."""
     items = [
-        f"{chart.colours[i]} {label} {_show(chart, values[i])}" if chart.varied else f"{label} {_show(chart, values[i])}"
+        f"{chart.colours[i]} {label} {_show(chart, values[i])}"
+        if chart.varied
+        else f"{label} {_show(chart, values[i])}"
         for i, label in enumerate(chart.labels)
     ]
     step = max(range(1, len(values)), key=lambda i: abs(values[i] - values[i - 1]))
     a, b = (f"{chart.labels[i]} {_show(chart, values[i])}" for i in (step - 1, step))
     way = _WAYS.get(chart.kind, "From left to right")
-    return f"{way}: {', '.join(items)}. {_ends(chart, values)} The widest step is {a} to {b}. {_above(chart, values)}"
+    text = f"{way}: {', '.join(items)}. {_ends(chart, values)} The widest step is {a} to {b}."
+    return f"{text} {_trend(values)} {_above(chart, values)}"
 
 
 def _ends(chart: Chart, values: list[int]) -> str:
@@ -231,13 +243,16 @@ def _compare(chart: Chart, values: list[int], style: int) -> str:
 
 
 def _steps(chart: Chart, values: list[int]) -> str:
-    parts = [f"Start with {chart.labels[0]}: {_show(chart, values[0])}."]
-    for i in range(1, len(values)):
-        parts.append(f"{chart.labels[i]} has {_show(chart, values[i])}, {_change(values[i - 1], values[i], max(values))}.")
+    top = max(values)
+    start = f"Start with {chart.labels[0]}: {_show(chart, values[0])}."
+    parts = [
+        f"{chart.labels[i]} has {_show(chart, values[i])}, {_change(values[i - 1], values[i], top)}."
+        for i in range(1, len(values))
+    ]
     step = max(range(1, len(values)), key=lambda i: abs(values[i] - values[i - 1]))
     kind = "rise" if values[step] > values[step - 1] else "fall"
     widest = f"The biggest step is the {kind} from {values[step - 1]} to {values[step]}, at {chart.labels[step]}."
-    return " ".join([*parts, _trend(values), widest, f"So {_ends(chart, values)}"])
+    return " ".join([start, *parts, _trend(values), widest, f"So {_ends(chart, values)}", _above(chart, values)])
 
 
 def _change(before: int, now: int, top: int) -> str:
@@ -252,10 +267,11 @@ def _change(before: int, now: int, top: int) -> str:
 def _ranking(chart: Chart, values: list[int]) -> str:
     order = _order(values)
     lines = [f"1. {chart.labels[order[0]]}: {_show(chart, values[order[0]])}, the highest"]
-    for rank, (a, b) in enumerate(zip(order, order[1:], strict=False), 2):
+    for rank, (a, b) in enumerate(pairwise(order), 2):
         gap = _behind(values[a], values[b], values[order[0]])
         lines.append(f"{rank}. {chart.labels[b]}: {_show(chart, values[b])}{gap}")
-    return "\n".join([*lines, f"So {_ends(chart, values)} {_above(chart, values)}"])
+    trend = f"{_WAYS.get(chart.kind, 'From left to right')}, {_trend(values).replace('The', 'the', 1)}"
+    return "\n".join([*lines, f"So {_ends(chart, values)} {trend} {_above(chart, values)}"])
 
 
 def _champions(chart: Chart, values: list[int]) -> str:
@@ -273,7 +289,8 @@ def _champions(chart: Chart, values: list[int]) -> str:
     start = f"{chart.labels[0]} with {_show(chart, values[0])}"
     first = f"Take {start} first. {' '.join(up)} So {chart.labels[high]} is highest."
     second = " ".join(["Now the lowest.", f"{start} again.", *down]) if down else f"{start} is also the lowest."
-    return f"{first} {second} The gap is {values[high]} - {values[low]} = {values[high] - values[low]}."
+    gap = f"The gap is {values[high]} - {values[low]} = {values[high] - values[low]}."
+    return f"{first} {second} {gap} {_sorted(chart, values)}"
 
 
 # Several series
@@ -286,14 +303,15 @@ def _describe_series(chart: Chart, style: int) -> str:
     if style == 2:
         lead = f"{_WAYS.get(chart.kind, 'From left to right')}: "
     peaks = " ".join(_peak(chart, j, style) for j in range(len(chart.series)))
-    return f"{_head(chart)} {lead}{' '.join(rows)} {peaks}"
+    score = f" {_score(chart)} {_gaps(chart)}" if chart.kind == "grouped" else ""
+    return f"{_head(chart)} {lead}{' '.join(rows)} {peaks}{score}"
 
 
 def _row(chart: Chart, i: int, style: int) -> str:
     cells = [f"{name} {value}" for name, value in zip(chart.series, chart.values[i], strict=True)]
     if style == 2 or chart.kind == "table":
         return f"{chart.labels[i]} has {listed(cells)}." if style == 0 else f"{chart.labels[i]}: {', '.join(cells)}."
-    return f"In {chart.labels[i]}, {cells[0]} and {cells[1]}: {_lead(chart, i)}."
+    return f"{chart.labels[i]} has {listed(cells)}, so {_lead(chart, i)}."
 
 
 def _lead(chart: Chart, i: int) -> str:
@@ -319,11 +337,16 @@ def _compare_pairs(chart: Chart, style: int) -> str:
     """Two series, label by label; style 1 goes by size of the first series, style 2 names the winner first."""
     indices = _order(chart.column()) if style == 1 else list(range(len(chart.labels)))
     lines = [_duel(chart, i, style) for i in indices]
+    peaks = " ".join(_peak(chart, j, 0) for j in range(2))
+    separator = "\n" if style == 1 else " "
+    return separator.join([*lines, f"{_score(chart)} {_gaps(chart)} {peaks}"])
+
+
+def _gaps(chart: Chart) -> str:
+    """Where two series lie furthest apart, and where closest."""
     gaps = [abs(a - b) for a, b in chart.values]
     widest, closest = gaps.index(max(gaps)), gaps.index(min(gaps))
-    ends = f"The widest gap is {_versus(chart, widest)}; the closest is {_versus(chart, closest)}."
-    separator = "\n" if style == 1 else " "
-    return separator.join([*lines, f"{_score(chart)} {ends}"])
+    return f"The widest gap is {_versus(chart, widest)}; the closest is {_versus(chart, closest)}."
 
 
 def _duel(chart: Chart, i: int, style: int) -> str:
@@ -343,10 +366,10 @@ def _versus(chart: Chart, i: int) -> str:
 
 def _score(chart: Chart) -> str:
     wins = sum(a > b for a, b in chart.values)
-    total = words.NUMBERS[len(chart.values)]
     if wins in (0, len(chart.values)):
         return f"{chart.series[not wins]} is ahead every time."
-    return f"{chart.series[0]} is ahead {_times(wins)} and {chart.series[1]} {_times(len(chart.values) - wins)}, of {total}."
+    losses = len(chart.values) - wins
+    return f"{chart.series[0]} is ahead {_times(wins)} and {chart.series[1]} {_times(losses)}."
 
 
 # Markdown
@@ -354,14 +377,14 @@ def _score(chart: Chart) -> str:
 
 def _extra(chart: Chart) -> str:
     """The further column that style 2 of the table asks for."""
-    return "the colours" if chart.varied else f"what is above {_bar(chart, chart.column())}"
+    what = chart.series[0] if chart.series else "the value"
+    return "the colours" if chart.varied else f"whether {what} is above {_bar(chart, chart.column())}"
 
 
 def _markdown(chart: Chart, style: int) -> str:
     header = [chart.noun.capitalize(), *(chart.series or ("Value",))]
     rows = [
-        [label, *(_show(chart, value) for value in row)]
-        for label, row in zip(chart.labels, chart.values, strict=True)
+        [label, *(_show(chart, value) for value in row)] for label, row in zip(chart.labels, chart.values, strict=True)
     ]
     if style:
         header.append(_heading(chart, style))
@@ -389,8 +412,10 @@ def _cells(chart: Chart, style: int) -> list[str]:
 
 def _summary(chart: Chart) -> str:
     if chart.series:
-        return " ".join(_peak(chart, j, 0) for j in range(min(2, len(chart.series))))
-    return _ends(chart, chart.column())
+        peaks = " ".join(_peak(chart, j, 0) for j in range(len(chart.series)))
+        return f"{peaks} {_score(chart)} {_gaps(chart)}" if chart.kind == "grouped" else peaks
+    values = chart.column()
+    return f"{_ends(chart, values)} {_sorted(chart, values)} {_above(chart, values)}"
 
 
 # Reading an answer
@@ -405,7 +430,7 @@ def reading(facts: Facts, answer: str) -> tuple[int, int]:
     """
     text = re.sub(r'"[^"\n]*"', '""', answer)
     cells = _grid(text)
-    labels = {label.split("|")[0] for label, _ in facts}
+    labels = {label.partition("|")[0] for label, _ in facts}
     right = 0
     for label, value in facts:
         found = cells.get(label) if cells else _stated(text, label, value.isdigit(), labels)
@@ -415,7 +440,9 @@ def reading(facts: Facts, answer: str) -> tuple[int, int]:
 
 def _grid(text: str) -> dict[str, str]:
     """The cells of the first markdown table, as "row|column", and the second cell of each row as "row"."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.split("\n") if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.split("\n") if line[:1] == "|"
+    ]
     cells: dict[str, str] = {}
     for row in rows[2:]:
         cells.setdefault(row[0], row[1].rstrip("%") if len(row) > 1 else "")
@@ -439,4 +466,4 @@ def _stated(text: str, label: str, numeric: bool, labels: set[str]) -> str | Non
     if not number:
         return None
     between_them = set(re.findall(r"\w+", text[start : number.start()]))
-    return None if between_them & (labels - {label.split("|")[0]}) else number.group()
+    return None if between_them & (labels - {label.partition("|")[0]}) else number.group()

@@ -6,6 +6,7 @@ and one vision shape (160 wide, 6 layers, 5 heads of 32). A picture becomes abou
 The head width is 128 for LLaVA. Qwen2.5-VL ties it to hidden / heads in its modelling code, so it is 96 there.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Shape:
 
 
 FULL = Shape()
-TINY = Shape(hidden=64, layers=2, head=32, mlp=128, vision_layers=2, clip_mlp=160, qwen_mlp=160)
+TINY = Shape(hidden=64, layers=2, head=32, mlp=128, vision_layers=3, clip_mlp=160, qwen_mlp=160)
 
 
 def build(family: str, shape: Shape = FULL) -> PreTrainedModel:
@@ -200,9 +201,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
 def save(model: PreTrainedModel, made: ProcessorMixin, folder: str | Path) -> None:
     """Write a bf16 checkpoint that the Auto classes load. `model` keeps its own precision."""
     folder = Path(folder)
-    state = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=state)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     made.save_pretrained(folder)
     # Named by backend when saved; the plain name lets each machine take the backend it has.
     path = folder / "processor_config.json"

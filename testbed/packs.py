@@ -53,7 +53,17 @@ def _turns(record: dict, file: Path, split: str) -> list[Row]:
     if record["split"] != split:
         return []
     return [
-        Row(record["id"], record["source"], split, turn["task"], turn["q"], turn["a"], file, record["off"], record["len"])
+        Row(
+            record["id"],
+            record["source"],
+            split,
+            turn["task"],
+            turn["q"],
+            turn["a"],
+            file,
+            record["off"],
+            record["len"],
+        )
         for turn in record["turns"]
         if len(turn["a"]) <= LONGEST_ANSWER
     ]

@@ -26,8 +26,9 @@ class Canvas:
         self.pen = ImageDraw.Draw(self.image)
 
     def colour(self, name: str) -> words.RGB:
-        """The named colour, off by up to 8 in each channel."""
-        red, green, blue = (min(255, max(0, part + self.rng.randint(-8, 8))) for part in words.COLOURS[name])
+        """The named colour, lighter or darker by up to 12."""
+        shift = self.rng.randint(-12, 12)
+        red, green, blue = (min(255, max(0, part + shift)) for part in words.COLOURS[name])
         return red, green, blue
 
     def text(self, x: float, y: float, text: str, size: int, anchor: str = "mm", ink: words.RGB | None = None) -> None:
@@ -67,7 +68,7 @@ def _baseline(canvas: Canvas, chart: Chart, box: Box) -> tuple[int, float]:
 def _bars(canvas: Canvas, chart: Chart, box: Box) -> None:
     base, slot = _baseline(canvas, chart, box)
     colours = _shades(canvas, chart)
-    scale = (base - box[1] - 18) / max(chart.column())
+    scale = (base - box[1] - 20) / max(chart.column())
     half = slot * canvas.rng.uniform(0.28, 0.44)
     for i, value in enumerate(chart.column()):
         x, y = box[0] + (i + 0.5) * slot, base - max(2, value * scale)
@@ -175,13 +176,13 @@ def _table(canvas: Canvas, chart: Chart, box: Box) -> None:
     left, top, right, bottom = box
     rows = [(chart.noun.capitalize(), *chart.series)]
     rows += [(label, *map(str, row)) for label, row in zip(chart.labels, chart.values, strict=True)]
-    wide, high = (right - left) / len(rows[0]), min(34.0, (bottom - top) / len(rows))
+    wide, high = (right - left) / len(rows[0]), min(canvas.rng.uniform(30, 46), (bottom - top) / len(rows))
     shade = canvas.colour(chart.colours[0])
     canvas.pen.rectangle((left, top, right, round(top + high)), shade)
     for i, row in enumerate(rows):
         y = top + (i + 0.5) * high
         for j, cell in enumerate(row):
-            ink = ((255, 255, 255) if sum(shade) < 400 else (20, 20, 20)) if i == 0 else None
+            ink = words.ink(shade) if i == 0 else None
             canvas.text(left + (j + 0.5) * wide, y, cell, VALUE if i and j else LABEL, ink=ink)
     for i in range(len(rows) + 1):
         canvas.pen.line((left, round(top + i * high), right, round(top + i * high)), canvas.faint)

@@ -79,12 +79,13 @@ class Scene:
 
 
 def random_scene(rng: random.Random, size: Size) -> Scene:
-    """A scene with two thirds of its cells filled, more or less."""
+    """A scene with at least two thirds of its cells filled, but not all."""
     columns, rows = _grid(rng, size)
     background = rng.choice(tuple(words.BACKGROUNDS))
     colours = [name for name in words.COLOURS if not (background in words.DARK and name == "brown")]
     palette = rng.sample(colours, rng.randint(3, 6))
-    filled = sorted(rng.sample(range(rows * columns), rng.randint(rows * columns // 2 + 1, rows * columns - 2)))
+    cells = rows * columns
+    filled = sorted(rng.sample(range(cells), rng.randint(cells * 2 // 3, cells - 1)))
     things = tuple(_thing(rng, *divmod(cell, columns), palette) for cell in filled)
     return Scene(rows, columns, background, things)
 
@@ -96,7 +97,7 @@ def _grid(rng: random.Random, size: Size) -> tuple[int, int]:
         return 5, 2
     if ratio < 0.8:
         return 3, 4
-    return (4, 3) if ratio > 1.2 or rng.random() < 0.5 else (3, 3)
+    return (4, 3) if ratio > 1.2 or rng.random() < 0.7 else (3, 3)
 
 
 def _thing(rng: random.Random, row: int, column: int, palette: list[str]) -> Thing:
@@ -136,9 +137,8 @@ def _paint_thing(canvas: Canvas, thing: Thing, x: float, y: float, radius: float
     else:
         canvas.pen.polygon([(x + radius * a, y + radius * b) for a, b in _OUTLINES[thing.shape]], shade)
     if thing.mark:
-        ink = (255, 255, 255) if sum(shade) < 400 else (0, 0, 0)
         drop = radius * 0.22 if thing.shape == "triangle" else 0
-        canvas.text(x, y + drop, thing.mark, VALUE, ink=ink)
+        canvas.text(x, y + drop, thing.mark, VALUE, ink=words.ink(shade))
 
 
 def _turn(points: int, inner: float) -> list[tuple[float, float]]:
@@ -177,7 +177,13 @@ def _describe(scene: Scene, style: int) -> tuple[str, Facts]:
     head = f"{counted(len(scene.things), 'shape').capitalize()} on a {scene.background} background."
     colour = f"Most common colour: {_most(scene, lambda t: t.colour)}."
     shape = f"Most common shape: {_most(scene, lambda t: t.shape)}."
-    return "\n".join([head, *lines, f"{colour} {shape}"]), tuple(facts)
+    return "\n".join([head, *lines, f"{colour} {shape} {_marks(scene)}"]), tuple(facts)
+
+
+def _marks(scene: Scene) -> str:
+    """The digits and letters, in reading order."""
+    marks = [thing.mark for thing in scene.things if thing.mark]
+    return f"Marks: {', '.join(marks)}." if marks else "No shape has a mark."
 
 
 def _most(scene: Scene, key: Callable[[Thing], str]) -> str:
@@ -191,12 +197,18 @@ def _count(scene: Scene, style: int) -> tuple[str, Facts]:
     groups: dict[str, list[str]] = {}
     for thing in scene.things:
         name = (thing.colour, f"{thing.shape}s", thing.size)[style].capitalize()
-        what = (thing.shape, thing.colour, f"{thing.colour} {thing.shape}")[style]
+        what = (
+            f"{thing.size} {thing.shape}",
+            f"{thing.size} {thing.colour}",
+            f"{thing.colour} {thing.shape}",
+        )[style]
         groups.setdefault(name, []).append(f"{what} {scene.place(thing)}")
     lines = [f"{name}: {', '.join(items)}; so {len(items)}." for name, items in groups.items()]
     numbers = [len(items) for items in groups.values()]
     top = [name.lower() for name, items in groups.items() if len(items) == max(numbers)]
-    total = f"Together {' + '.join(map(str, numbers))} = {len(scene.things)} shapes. Most: {listed(top)}."
+    total = (
+        f"Together {' + '.join(map(str, numbers))} = {len(scene.things)} shapes. Most: {listed(top)}. {_marks(scene)}"
+    )
     return "\n".join([*lines, total]), tuple((name, str(len(items))) for name, items in groups.items())
 
 
@@ -205,7 +217,7 @@ def _list(scene: Scene, style: int) -> tuple[str, Facts]:
     if style == 1:
         things = tuple(sorted(things, key=lambda thing: -words.SIZES.index(thing.size)))
     lines = [f"- {scene.place(thing)}: {thing}" for thing in things]
-    marks = [thing.mark for thing in things if thing.mark]
-    last = f"Marks: {', '.join(marks)}." if marks else "No shape has a mark."
+    colours = Counter(thing.colour for thing in things)
+    last = f"Colours: {listed([f'{count} {name}' for name, count in colours.items()])}. {_marks(scene)}"
     facts = tuple((scene.place(thing), str(thing)) for thing in things)
     return "\n".join([*lines, f"{counted(len(things), 'shape').capitalize()}. {last}"]), facts

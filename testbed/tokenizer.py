@@ -27,7 +27,8 @@ REAL_CHARACTERS = 3_000_000  # of packs and prose: enough for common English, no
 def build(folder: Path | None, specials: Sequence[str] = LLAVA_SPECIALS, samples: int = 20_000) -> Tokenizer:
     """Trains on `samples` drawn answers and, if `folder` has them, real text. `specials` get the ids 0, 1, ...
 
-    The vocabulary has exactly `VOCAB_SIZE` entries, specials included. Digits stand alone, so that a value is read
+    The vocabulary has exactly `VOCAB_SIZE` entries, specials included; if the texts give fewer (no `folder`), the rest
+    is reserved. Digits stand alone, so that a value is read
     digit by digit. Deterministic. Wrap in `transformers.PreTrainedTokenizerFast(tokenizer_object=...)`.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -42,6 +43,7 @@ def build(folder: Path | None, specials: Sequence[str] = LLAVA_SPECIALS, samples
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(folder, samples), trainer)
+    tokenizer.add_special_tokens([f"<reserved_{i}>" for i in range(VOCAB_SIZE - tokenizer.get_vocab_size())])
     return tokenizer
 
 

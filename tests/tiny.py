@@ -261,11 +261,18 @@ def processor(family: str) -> ProcessorMixin:
     return made
 
 
-@functools.cache
 def model(
     family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None
 ) -> PreTrainedModel:
-    """A frozen random model in evaluation mode, about 0.4 M parameters. The same weights for every `dtype` and `attn`."""
+    """A frozen random model in evaluation mode, about 0.3 M parameters; the same weights in every `dtype` and `attn`.
+
+    `attn` is a Hugging Face attention implementation; without it, the fastest one that is right for the family.
+    """
+    return _model(family, dtype, seed, attn or TABLE[family].attention)
+
+
+@functools.cache
+def _model(family: str, dtype: torch.dtype, seed: int, attn: str) -> PreTrainedModel:
     row = TABLE[family]
     words = tokenizer(family)
     processor(family)  # PaliGemma's adds words of its own to the tokenizer
@@ -278,7 +285,7 @@ def model(
         **special,
     )
     cls = getattr(transformers, f"{row.name}ForConditionalGeneration")
-    made = cls._from_config(config, attn_implementation=attn or row.attention, dtype=dtype)
+    made = cls._from_config(config, attn_implementation=attn, dtype=dtype)
     _enliven(made, row, seed)
     _never_say(made, [words.pad_token_id, words.eos_token_id, *words.convert_tokens_to_ids(list(row.tokens.values()))])
     return made.eval().requires_grad_(False)
@@ -289,7 +296,7 @@ def _enliven(made: PreTrainedModel, row: Family, seed: int) -> None:
     """Weights large enough for peaked attention and logits of standard deviation 2 to 5, drawn in float64 by name."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(made.named_parameters()):
-        if weight.dim() >= 2 or name.endswith(("bias", "image_newline")):
+        if weight.dim() >= 2 or not name.endswith(("weight", "lambda_1", "lambda_2")):  # all but the gains of norms
             scale = row.embedding if "embed" in name else 0.25 if weight.dim() >= 2 else 0.1
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):

@@ -1,14 +1,364 @@
+"""Messages and pictures in, whatever their source: one form for generation, data, benchmark and server."""
+
+import base64
+import contextlib
+import io
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from PIL.Image import Image
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import PIL.Image
+from PIL import ImageOps, UnidentifiedImageError
+
+from speculens.errors import UserError
+
+Image: TypeAlias = PIL.Image.Image
+Source: TypeAlias = str | Path | bytes | Image
+
+MAX_PIXELS = 64 * 2**20  # 8192 x 8192; far above what any processor keeps
+MAX_BYTES = 64 * 2**20
+TIMEOUT = 20.0  # seconds, for the whole download
+# Pillow knows many more. These are pictures people have; the others include PostScript, which runs a program.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+MARK = "<image>"  # where a picture stands in the text of LLaVA-style rows
+
+
 @dataclass(frozen=True)
 class Message:
+    """One turn: who speaks ("system", "user" or "assistant"), and texts and RGB pictures in their order."""
+
     role: str
-    content: tuple
+    content: tuple[str | Image, ...]
+
+
 @dataclass(frozen=True)
 class Conversation:
-    messages: tuple
+    """The messages so far; the target answers the last one."""
+
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def user(cls, text: str, images: Sequence[Source] = ()) -> "Conversation":
+        """One question about `images` (anything `load_image` takes), pictures first."""
+        return cls((Message("user", (*map(load_image, images), text)),))
+
+    @classmethod
+    def from_row(
+        cls, row: Mapping[str, Any], image_root: Path | None = None, load: Callable[[Source], Image] | None = None
+    ) -> "Conversation":
+        """A row of JSONL data: `messages`/`conversations`, LLaVA/ShareGPT (`from`/`value`, `<image>`) or MMSpec (`turns`).
+
+        Relative paths start at `image_root`. `load` opens a picture (default `load_image`). A row of `turns` becomes one
+        user message a turn, the pictures in the first. Raises UserError that names the row and what is wrong with it.
+        """
+        if not isinstance(row, Mapping):
+            raise UserError(f"A row must be a JSON object, not {_kind(row)}.")
+        try:
+            return cls(tuple(_messages(row, _Album(row, image_root, load or load_image))))
+        except UserError as error:
+            raise UserError(f"Row {row.get('id', '(without id)')!r}: {error}") from error
+
     @property
-    def images(self):
-        return tuple(p for m in self.messages for p in m.content if not isinstance(p, str))
-    def to_chat(self):
-        return [{"role": m.role, "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in m.content]} for m in self.messages]
+    def images(self) -> tuple[Image, ...]:
+        """All pictures, in reading order."""
+        return tuple(part for message in self.messages for part in message.content if not isinstance(part, str))
+
+    def then(self, role: str, *content: str | Image) -> "Conversation":
+        """This conversation with one more message."""
+        return Conversation((*self.messages, Message(role, content)))
+
+    def to_chat(self) -> list[dict[str, Any]]:
+        """The form `processor.apply_chat_template` takes."""
+        return [
+            {"role": message.role, "content": [_part_to_chat(part) for part in message.content]}
+            for message in self.messages
+        ]
+
+
+def _part_to_chat(part: str | Image) -> dict[str, Any]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def load_image(
+    source: Source, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT
+) -> Image:
+    """The picture as upright RGB: from a path, an http(s) URL, a data URI, "-" (stdin), encoded bytes or a PIL picture.
+
+    Transparency is laid on white, 16-bit values are scaled to 8, of an animation the first frame is taken. `timeout` is in
+    seconds and holds for the whole download. Raises UserError, naming the source, for everything that is not a picture.
+    """
+    if isinstance(source, PIL.Image.Image):
+        return _to_rgb(lambda: source, "the given image", max_pixels)
+    data, name = _read(source, max_bytes, timeout)
+    if not data:
+        _refuse(name, "it is empty")
+    if len(data) > max_bytes:
+        _refuse(name, f"it is larger than {max_bytes:,} bytes")
+    return _to_rgb(lambda: PIL.Image.open(io.BytesIO(data), formats=_formats()), name, max_pixels)
+
+
+def _refuse(name: str, why: str, cause: BaseException | None = None) -> NoReturn:
+    raise UserError(f"Cannot use {name} as a picture: {why}.") from cause
+
+
+def _read(source: str | Path | bytes, max_bytes: int, timeout: float) -> tuple[bytes, str]:
+    """The encoded bytes (at most one more than `max_bytes`), and a name for the source in messages."""
+    if isinstance(source, bytes):
+        return source, "the given bytes"
+    if isinstance(source, str):
+        if source == "-":
+            return sys.stdin.buffer.read(max_bytes + 1), "standard input"
+        scheme = source[:8].lower()
+        if scheme.startswith(("http://", "https://")):
+            return _download(source, max_bytes, timeout), _short(source)
+        if scheme.startswith("data:"):
+            return _decode_uri(source), _short(source)
+    if isinstance(source, (str, Path)):
+        return _read_file(source, max_bytes), _short(str(source))
+    raise UserError(f"A picture must be a path, a URL, bytes or a PIL image, not {_kind(source)}.")
+
+
+def _read_file(path: str | Path, max_bytes: int) -> bytes:
+    name = _short(str(path))
+    try:
+        with open(path, "rb") as file:
+            return file.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        _refuse(name, "there is no such file", error)
+    except IsADirectoryError as error:
+        _refuse(name, "it is a directory", error)
+    except PermissionError as error:
+        _refuse(name, "you have no permission to read it", error)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        _refuse(name, f"it cannot be read ({_reason(error)})", error)
+
+
+def _decode_uri(uri: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        _refuse(_short(uri), "the data URI has no comma before its data")
+    data = urllib.parse.unquote_to_bytes(payload)
+    if not header.lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except ValueError as error:
+        _refuse(_short(uri), "its base64 data is broken", error)
+
+
+def _download(url: str, max_bytes: int, timeout: float) -> bytes:
+    deadline = time.monotonic() + timeout
+    request = urllib.request.Request(url, headers={"User-Agent": "speculens", "Accept": "image/*"})
+    data = bytearray()
+    try:
+        with _http_only().open(request, timeout=timeout) as response:
+            while len(data) <= max_bytes and (chunk := response.read1(65536)):
+                data += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+    except TimeoutError as error:
+        _refuse(_short(url), f"it did not arrive within {timeout:g} seconds", error)
+    except urllib.error.HTTPError as error:
+        error.close()
+        _refuse(_short(url), f"the server answered {error.code} {_reason(error)}", error)
+    except (OSError, ValueError, HTTPException) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):
+            _refuse(_short(url), f"it did not arrive within {timeout:g} seconds", error)
+        _refuse(_short(url), f"the download failed ({_reason(error)})", error)
+    return bytes(data)
+
+
+def _http_only() -> urllib.request.OpenerDirector:
+    """urllib's usual opener also follows redirects to ftp; this one knows http and https alone."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _formats() -> list[str]:
+    PIL.Image.init()
+    return [name for name in FORMATS if name in PIL.Image.OPEN]
+
+
+def _to_rgb(open_image: Callable[[], Image], name: str, max_pixels: int) -> Image:
+    """Open, check the size before decoding, decode, turn upright, convert; every failure becomes one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are measured here; the rest is about metadata that is not used
+            image = open_image()
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                _refuse(name, f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
+            if pixels == 0:
+                _refuse(name, f"its size is {image.width} x {image.height}")
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF data must not cost the picture
+                image = ImageOps.exif_transpose(image)
+            return _flatten(image)
+    except UserError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        _refuse(name, "it has more pixels than Pillow will decode", error)
+    except UnidentifiedImageError as error:
+        _refuse(name, f"it is not in a known picture format ({', '.join(_formats())})", error)
+    except Exception as error:  # decoders of broken files raise nearly anything
+        _refuse(name, f"it is damaged or cut short ({_reason(error)})", error)
+
+
+def _flatten(image: Image) -> Image:
+    """Any mode to RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image) -> Image:
+    """Grey values of 16 or 32 bits, or floats, scaled into 0..255; Pillow's own conversion clips them to white."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
+    peak = float(values.max())
+    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    top = next((top for top in ranges if peak <= top), peak)
+    return PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+
+
+def _short(name: str) -> str:
+    """Quoted, and short enough for a message: a data URI may be megabytes long."""
+    return repr(name if len(name) <= 120 else f"{name[:80]}...{name[-20:]}")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+    return text.strip().split("\n")[0] or type(error).__name__
+
+
+# ---- rows of data ---------------------------------------------------------------------------------------------------
+
+
+class _Album:
+    """The pictures of one row: named in place, or listed under `image`/`images` and taken in order."""
+
+    def __init__(self, row: Mapping[str, Any], root: Path | None, load: Callable[[Source], Image]) -> None:
+        self.root, self.load = root, load
+        listed = row.get("images") or row.get("image") or []
+        self.listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+        self.taken = 0
+
+    def open(self, source: Any) -> Image:
+        """One picture: a path, URL, data URI, bytes, PIL image, or an object that holds one of them."""
+        if isinstance(source, Mapping):
+            keys = [key for key in ("image", "bytes", "path", "url") if source.get(key)]
+            if not keys:
+                raise UserError("a picture needs one of 'image', 'path' or 'url'.")
+            return self.open(source[keys[0]])
+        if isinstance(source, str) and not source.lower().startswith(("http://", "https://", "data:")):
+            source = Path(source) if self.root is None else self.root / source
+        return self.load(source)
+
+    def next(self) -> Image:
+        self.taken += 1
+        if self.taken > len(self.listed):
+            raise UserError(f"its messages ask for {self.taken} or more pictures, but it lists {len(self.listed)}.")
+        return self.open(self.listed[self.taken - 1])
+
+    def rest(self) -> list[Image]:
+        return [self.next() for _ in self.listed[self.taken :]]
+
+
+def _messages(row: Mapping[str, Any], album: _Album) -> list[Message]:
+    entries = next((row[key] for key in ("messages", "conversations", "turns") if row.get(key)), None)
+    if not isinstance(entries, (list, tuple)):
+        raise UserError("it needs a non-empty list under 'messages', 'conversations' or 'turns'.")
+    messages = [_message(entry, number, album) for number, entry in enumerate(entries, 1)]
+    if album.listed and album.taken == 0:  # pictures without a mark in the text come first
+        first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+        if first is None:
+            raise UserError("it has pictures but no message of the user.")
+        messages[first] = Message("user", (*album.rest(), *messages[first].content))
+    if album.taken < len(album.listed):
+        raise UserError(f"it lists {len(album.listed)} pictures, but its messages use {album.taken}.")
+    return messages
+
+
+def _message(entry: Any, number: int, album: _Album) -> Message:
+    if isinstance(entry, str):  # a turn of MMSpec
+        entry = {"role": "user", "content": entry}
+    if not isinstance(entry, Mapping):
+        raise UserError(f"message {number} must be an object, not {_kind(entry)}.")
+    speaker, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise UserError(f"message {number} is by {speaker!r}; known speakers are {', '.join(ROLES)}.")
+    try:
+        parts = tuple(_parts(content, album))
+    except UserError as error:
+        raise UserError(f"message {number}: {error}") from error
+    if not parts:
+        raise UserError(f"message {number} is empty.")
+    return Message(ROLES[speaker], parts)
+
+
+def _parts(content: Any, album: _Album) -> Iterator[str | Image]:
+    if isinstance(content, str):
+        yield from _split_marks(content, album)
+    elif isinstance(content, (list, tuple)):
+        for part in content:
+            yield _part(part, album)
+    else:
+        raise UserError(f"its content must be a text or a list, not {_kind(content)}.")
+
+
+def _part(part: Any, album: _Album) -> str | Image:
+    match part:
+        case str():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image_url", "image_url": source}:
+            return album.open(source)
+        case {"type": "image", **rest}:
+            source = {key: value for key, value in rest.items() if value is not None}
+            return album.open(source) if source else album.next()
+    kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+    raise UserError(f"a part of type {kind!r} is not understood; use 'text', 'image' or 'image_url'.")
+
+
+def _split_marks(text: str, album: _Album) -> Iterator[str | Image]:
+    """Text with a picture at every mark, if the row lists pictures; a mark stands on a line of its own."""
+    pieces = text.split(MARK) if album.listed else [text]
+    for number, piece in enumerate(pieces):
+        if number:
+            yield album.next()
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece:
+            yield piece
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
