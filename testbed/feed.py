@@ -21,12 +21,15 @@ from testbed.models import FAMILIES, LLAVA, SIDE, TOKEN_PIXELS
 ROUND = 64  # sequences are padded to a multiple of this many tokens
 LONGEST = 1024  # tokens of a training sequence; longer real rows are left out
 PROSE = 384  # tokens of a prose sequence
+SOURCES = ("drawn", "real", "prose")
+HARD = ("table", "grouped", "scene")  # the kinds whose reading lags behind
 APART = 10**9  # indices one worker of one run may use before it meets the next worker's
 
 
 class Piece(NamedTuple):
     """Part of a batch, of one shape. `targets`: flat indices into ids of the tokens to predict."""
 
+    source: str  # one of SOURCES
     pixels: Tensor | None  # (B, H, W, 3) uint8
     ids: Tensor  # (B, N) int16, right padded
     targets: Tensor  # (k,) int32
@@ -48,6 +51,7 @@ class Mixture:
     pieces: int = 4
     real: float = 0.08  # share of all pieces
     prose: float = 0.06
+    hard: float = 0.0  # share of the drawn pictures that are of `HARD` kinds, beyond their usual part
 
     @property
     def rows(self) -> int:
@@ -79,7 +83,7 @@ class Writer:
         """All paragraphs as one stream of ids, int16."""
         return np.array([one for ids in self._encode(paragraphs) for one in (*ids, self.end)], dtype=np.int16)
 
-    def piece(self, rows: list[Row]) -> Piece:
+    def piece(self, source: str, rows: list[Row]) -> Piece:
         """Pad rows of one picture size to a common length."""
         length = -(-max(len(row.ids) for row in rows) // ROUND) * ROUND
         ids = np.full((len(rows), length), self.pad, dtype=np.int16)
@@ -87,7 +91,7 @@ class Writer:
             line[: len(row.ids)] = row.ids
         targets = [np.arange(row.start, len(row.ids)) + number * length for number, row in enumerate(rows)]
         pixels = None if rows[0].picture is None else torch.from_numpy(np.stack([row.picture for row in rows]))
-        return Piece(pixels, torch.from_numpy(ids), torch.from_numpy(np.concatenate(targets).astype(np.int32)))
+        return Piece(source, pixels, torch.from_numpy(ids), torch.from_numpy(np.concatenate(targets).astype(np.int32)))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [made.ids for made in self.core.encode_batch(texts, add_special_tokens=False)]
@@ -95,8 +99,10 @@ class Writer:
 
 @dataclass
 class Feed(IterableDataset):
-    """An endless stream of batches (lists of pieces). `run` numbers the calls of one training, so that none repeats
-    another's charts."""
+    """An endless stream of batches (lists of pieces).
+
+    `run` numbers the calls of one training, so that none repeats another's charts.
+    """
 
     family: str
     core: Tokenizer
@@ -110,7 +116,7 @@ class Feed(IterableDataset):
         self.sizes = ((SIDE, SIDE),) if self.family == LLAVA.name else draw.SIZES
         self.real = packs.rows(self.folder, "train") if self.mixture.real else []
         paragraphs = packs.prose(self.folder) if self.mixture.prose else []
-        self.prose = self.writer.prose(paragraphs) if paragraphs else None
+        self.prose = self.writer.prose(paragraphs)
 
     def __iter__(self) -> Iterator[list[Piece]]:
         info = get_worker_info()
@@ -130,18 +136,21 @@ class Feed(IterableDataset):
         for _ in range(mix.pieces):
             dice = chance.random()
             if self.real and dice < mix.real:
-                pieces.append(self.writer.piece(next(real)))
-            elif self.prose is not None and mix.real <= dice < mix.real + mix.prose:
-                pieces.append(self.writer.piece(self._paragraphs(chance)))
+                pieces.append(self.writer.piece("real", next(real)))
+            elif len(self.prose) > PROSE and mix.real <= dice < mix.real + mix.prose:
+                pieces.append(self.writer.piece("prose", self._paragraphs(chance)))
         drawn = self._drawn(itertools.islice(numbers, (mix.pieces - len(pieces)) * mix.rows), size)
-        return pieces + [self.writer.piece(drawn[at : at + mix.rows]) for at in range(0, len(drawn), mix.rows)]
+        return pieces + [self.writer.piece("drawn", drawn[at : at + mix.rows]) for at in range(0, len(drawn), mix.rows)]
 
     def _drawn(self, indices: Iterator[int], size: tuple[int, int]) -> list[Row]:
         """Charts of one size, the shortest answers first, so that pieces need little padding."""
-        made = [draw.sample(0, index, size) for index in indices]
+        made = [draw.sample(0, index, size, self._kind(index)) for index in indices]
         pictures = [np.asarray(one.image) for one in made]
         rows = self.writer.rows(pictures, [one.question for one in made], [one.answer for one in made])
         return sorted(rows, key=lambda row: len(row.ids))
+
+    def _kind(self, index: int) -> str | None:
+        return HARD[index % len(HARD)] if random.Random(index).random() < self.mixture.hard else None
 
     def _real(self, chance: random.Random) -> Iterator[list[Row]]:
         """Real rows, gathered until a piece of one size is full."""
@@ -158,16 +167,14 @@ class Feed(IterableDataset):
                 yield waiting.pop(size)
 
     def _paragraphs(self, chance: random.Random) -> list[Row]:
-        starts = [chance.randrange(max(1, len(self.prose) - PROSE)) for _ in range(self.mixture.rows)]
+        starts = [chance.randrange(len(self.prose) - PROSE) for _ in range(self.mixture.rows)]
         return [Row(None, self.prose[start : start + PROSE].tolist(), 1) for start in starts]
 
 
 def loader(feed: Feed, workers: int, pinned: bool) -> DataLoader:
     """Batches from `workers` processes, each two ahead. Ask for its iterator before touching the GPU: workers fork."""
     several = {"prefetch_factor": 2, "timeout": 120, "persistent_workers": True} if workers else {}
-    return DataLoader(
-        feed, batch_size=None, num_workers=workers, pin_memory=pinned, collate_fn=_as_is, **several
-    )
+    return DataLoader(feed, batch_size=None, num_workers=workers, pin_memory=pinned, collate_fn=_as_is, **several)
 
 
 def nearest(size: tuple[int, int], sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:

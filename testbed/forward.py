@@ -1,4 +1,4 @@
-"""The forward pass used in training: the same function as Hugging Face's, over the same parameters, several times faster.
+"""The forward pass used in training: the same function as Hugging Face's over the same parameters, much faster.
 
 What makes it faster: pictures arrive as bytes and are normalised on the device; all pictures of a batch have one size,
 so positions, windows and the place of the image in the sequence are constants; padding is on the right, so causal
@@ -27,7 +27,7 @@ class Forward:
     """`hidden` and `logits` of one model. `before` is how many tokens stand before the image."""
 
     def __init__(self, model: PreTrainedModel, before: int, dtype: torch.dtype, compiled: bool) -> None:
-        wrap: Callable[..., Layer] = torch.compile if compiled else lambda layer, **options: layer
+        wrap: Callable[..., Layer] = torch.compile if compiled else _plain
         self.model, self.before, self.dtype = model, before, dtype
         self.text = model.get_decoder()
         self.text_layer = wrap(text_layer)
@@ -132,9 +132,11 @@ class QwenForward(Forward):
         return _linear(F.gelu(_linear(x, merger.mlp[0])), merger.mlp[2])
 
     def _layout(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Constants of one picture size, S patches a window: `order` (W, S) patches in window order, padded with
-        patch 0; `back` (tokens,) where each merged token stands then; `cos`, `sin` (W, S, D); `mask` (W, S), zero at
-        real patches and -inf at padding, None if no window is padded."""
+        """Constants of one picture size, S patches a window.
+
+        `order` (W, S): patches in window order, padded with patch 0. `back` (tokens,): where each merged token stands
+        then. `cos`, `sin` (W, S, D). `mask` (W, S): zero at real patches, -inf at padding; None if there is none.
+        """
         tower = self.tower
         side, merge = tower.patch_size, tower.spatial_merge_size
         grid = torch.tensor([[1, height // side, width // side]])
@@ -153,8 +155,8 @@ class QwenForward(Forward):
         cos, sin = (angle[order.to(device)].clone() for angle in tower.rotary_pos_emb(at, at))
         mask = None
         if not bool(real.all()):
-            mask = torch.zeros(order.shape, dtype=self.dtype).masked_fill(~real.repeat_interleave(merge**2, 1), -torch.inf)
-            mask = mask.to(device)
+            padding = ~real.repeat_interleave(merge**2, 1).to(device)
+            mask = torch.zeros(order.shape, dtype=self.dtype, device=device).masked_fill(padding, -torch.inf)
         return order.to(device), back.to(device), cos, sin, mask
 
 
@@ -219,10 +221,12 @@ def clip_layer(x: Tensor, heads: int, eps: float, weights: Weights) -> Tensor:
 
 
 def qwen_layer(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, weights: Weights) -> Tensor:
-    """A Qwen2.5-VL vision block over W windows of S patches. x (B, W, S, C); cos, sin (W, S, D) float32;
-    mask (B * W, 1, 1, S) is added to the scores."""
+    """A Qwen2.5-VL vision block over W windows of S patches.
+
+    x (B, W, S, C); cos, sin (W, S, D) float32; mask (B * W, 1, 1, S) is added to the scores.
+    """
     norm1, norm2, qkv, qkvb, out, outb, gate, gateb, up, upb, down, downb = weights
-    batch, windows, size, wide = x.shape
+    batch, windows, size, _ = x.shape
     kind = x.dtype
     y = F.linear(_rms(x, norm1, 1e-6), qkv.to(kind), qkvb.to(kind))
     q, k, v = y.view(batch, windows, size, 3, -1, cos.shape[-1]).unbind(3)
@@ -236,6 +240,11 @@ def qwen_layer(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, weights
     y = F.linear(_rms(x, norm2, 1e-6), torch.cat([gate, up]).to(kind), torch.cat([gateb, upb]).to(kind))
     left, right = y.chunk(2, -1)
     return x + F.linear(F.silu(left) * right, down.to(kind), downb.to(kind))
+
+
+def _plain(layer: Layer, dynamic: bool | None = None) -> Layer:
+    del dynamic  # what torch.compile takes
+    return layer
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

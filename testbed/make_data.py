@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from testbed import draw
+from testbed import draw, packs
 from testbed.charts import Size
 
 CHUNK = 1000  # pictures per folder and per piece of work
@@ -32,8 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="0 is the training set, 1 the held-out set")
     parser.add_argument("--size", type=_size, help="WxH in pixels; by default all sizes in turn")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--packs", type=Path, help="folder of real packs whose training rows are added")
     given = parser.parse_args(arguments)
     write(given.out, given.count, given.seed, given.size, given.workers)
+    _add_real(given.out, packs.rows(given.packs, "train"))
 
 
 def _size(text: str) -> Size:
@@ -76,18 +78,35 @@ def _chunk(out: Path, seed: int, size: Size | None, indices: range) -> list[dict
     return [_row(out, folder, seed, size or draw.SIZES[index % len(draw.SIZES)], index) for index in indices]
 
 
+def _add_real(out: Path, rows: list[packs.Row]) -> None:
+    """Append the rows of real packs; their pictures are copied byte for byte."""
+    (out / "images" / "real").mkdir(parents=True, exist_ok=True)
+    with (out / "data.jsonl").open("a", encoding="utf-8") as lines:
+        for number, row in enumerate(rows):
+            path = Path("images") / "real" / f"{number:05d}.webp"
+            (out / path).write_bytes(row.data())
+            metadata = {"kind": row.source, "task": row.task}
+            lines.write(json.dumps(conversation(row.id, path, row.question, row.answer, metadata)) + "\n")
+
+
 def _row(out: Path, folder: Path, seed: int, size: Size, index: int) -> dict[str, Any]:
     made = draw.sample(seed, index, size)
     path = folder / f"{index:06d}.png"
     made.image.save(out / path)
+    metadata = {"kind": made.kind, "task": made.task, "facts": made.facts}
+    return conversation(f"{seed}-{index}", path, made.question, made.answer, metadata)
+
+
+def conversation(name: str, path: Path, question: str, answer: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """One row of the project's data format."""
     picture = {"type": "image", "path": path.as_posix()}
     return {
-        "id": f"{seed}-{index}",
+        "id": name,
         "messages": [
-            {"role": "user", "content": [picture, {"type": "text", "text": made.question}]},
-            {"role": "assistant", "content": made.answer},
+            {"role": "user", "content": [picture, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": answer},
         ],
-        "metadata": {"kind": made.kind, "task": made.task, "facts": made.facts},
+        "metadata": metadata,
     }
 
 

@@ -1,9 +1,8 @@
 """The testbed's two small VLMs as ordinary Hugging Face models: configs, processors, prompts, saving and loading.
 
-Both families share one text shape (192 wide, 18 layers, 2 query heads over 1 KV head, tied embeddings, vocabulary 2048)
+Both families share one text shape (256 wide, 16 layers, 2 query heads of 128 over 1 KV head, tied embeddings,
+vocabulary 2048: Qwen2.5-VL ties the head width to hidden / heads in its modelling code, so 256 it is for both)
 and one vision shape (160 wide, 6 layers, 5 heads of 32). A picture becomes about 256 tokens of 16 x 16 pixels.
-
-The head width is 128 for LLaVA. Qwen2.5-VL ties it to hidden / heads in its modelling code, so it is 96 there.
 """
 
 import copy
@@ -65,7 +64,7 @@ QWEN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's text looks like. The prompt is `before` + the image tokens + `after`; the answer ends in `end`."""
+    """A family's text: the prompt is `before` + the image tokens + `after`; the answer ends in `end`."""
 
     name: str
     specials: tuple[str, ...]  # ids 0, 1, 2, ... in this order
@@ -115,14 +114,18 @@ FAMILIES = {family.name: family for family in (LLAVA, QWEN)}
 class Shape:
     """Widths and depths; `TINY` is for tests and dry runs."""
 
-    hidden: int = 192
-    layers: int = 18
-    head: int = 128
-    mlp: int = 384
+    hidden: int = 256
+    layers: int = 16
+    mlp: int = 272
     vision: int = 160
     vision_layers: int = 6
     clip_mlp: int = 512
-    qwen_mlp: int = 432
+    qwen_mlp: int = 224
+
+    @property
+    def head(self) -> int:
+        """Width of one of the two query heads."""
+        return self.hidden // 2
 
     @property
     def full_attention(self) -> tuple[int, int]:
@@ -131,7 +134,7 @@ class Shape:
 
 
 FULL = Shape()
-TINY = Shape(hidden=64, layers=2, head=32, mlp=128, vision_layers=3, clip_mlp=160, qwen_mlp=160)
+TINY = Shape(hidden=64, layers=2, mlp=128, vision_layers=3, clip_mlp=160, qwen_mlp=160)
 
 
 def build(family: str, shape: Shape = FULL) -> PreTrainedModel:

@@ -10,8 +10,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic iteration, K. Jordan, "Muon"
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix, scaled so that entries move as under AdamW
-    (0.2 * sqrt(longer side), Moonlight, arXiv:2502.16982). Takes 2-D parameters only."""
+    """Momentum, then the nearest orthogonal matrix; takes 2-D parameters only.
+
+    The step is scaled by 0.2 * sqrt(longer side), so that entries move as under AdamW (Moonlight, arXiv:2502.16982).
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05

@@ -27,12 +27,15 @@ class Row:
     offset: int
     length: int
 
-    def image(self) -> Image.Image:
-        """The decoded RGB picture."""
+    def data(self) -> bytes:
+        """The picture's WebP file."""
         with self.file.open("rb") as pack:
             pack.seek(self.offset)
-            data = pack.read(self.length)
-        with Image.open(io.BytesIO(data)) as picture:
+            return pack.read(self.length)
+
+    def image(self) -> Image.Image:
+        """The decoded RGB picture."""
+        with Image.open(io.BytesIO(self.data())) as picture:
             return picture.convert("RGB")
 
 

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from testbed import feed, models, optim, tokenizer
@@ -54,7 +53,7 @@ class Progress:
 class Tally:
     """Sums since the last line of the log, kept on the device."""
 
-    sums: Tensor  # loss, right tokens, tokens
+    sums: Tensor  # (sources, 3): loss, right tokens, tokens
     pictures: int = 0
     steps: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -72,7 +71,7 @@ class Trainer:
         before = len(feed.Writer(options.family, core).before)
         self.forward: Forward = forward_of(self.model, before, dtype, options.compile)
         self.optimizers = self._optimizers()
-        self.tally = self._tally()
+        self.tally = self.new_tally()
 
     def step(self, batch: list[feed.Piece], pace: float) -> None:
         """One update from a batch; `pace` scales the learning rates."""
@@ -80,7 +79,8 @@ class Trainer:
         for piece in batch:
             loss, right = self.loss(piece)
             (loss / total).backward()
-            self.tally.sums += torch.stack([loss.detach(), right, right.new_tensor(len(piece.targets))])
+            sums = self.tally.sums[feed.SOURCES.index(piece.source)]
+            sums += torch.stack([loss.detach(), right, torch.full_like(right, len(piece.targets))])
             self.tally.pictures += 0 if piece.pixels is None else len(piece.pixels)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -107,37 +107,37 @@ class Trainer:
         sizes = ((models.SIDE, models.SIDE),) if self.options.family == "llava" else feed.draw.SIZES
         for width, height in sizes:
             for length in (384, 512):
-                for turn in range(3):
+                for _ in range(3):
                     began = time.monotonic()
                     self.step([_noise(rows, height, width, length)], 0.1)
-                    loss = self.tally.sums.tolist()[0]
+                    loss = self.tally.sums.sum().item()
                     took = time.monotonic() - began
                 if not math.isfinite(loss):
                     raise RuntimeError(f"check: the loss is {loss} at {width} x {height}")
                 memory = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0
                 say(f"check {self.options.family} {width}x{height} n={length}: {rows / took:.0f} pictures/s", memory)
         self.model.load_state_dict(kept)
-        self.optimizers, self.tally, self.progress.steps = self._optimizers(), self._tally(), steps
+        self.optimizers, self.tally, self.progress.steps = self._optimizers(), self.new_tally(), steps
 
-    def log(self, pace: float) -> dict[str, Any]:
+    def log(self) -> dict[str, Any]:
         """One line of the log; starts a new tally."""
-        loss, right, tokens = self.tally.sums.tolist()
+        sums = dict(zip(feed.SOURCES, self.tally.sums.tolist(), strict=True))
         took = time.monotonic() - self.tally.since
         self.progress.pictures += self.tally.pictures
-        line = {
+        line: dict[str, Any] = {
             "step": self.progress.steps,
             "pictures": self.progress.pictures,
             "seconds": round(self.progress.seconds, 1),
-            "loss": round(loss / max(tokens, 1), 4),
-            "accuracy": round(right / max(tokens, 1), 4),
-            "pace": round(pace, 4),
-            "lr": [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers],
             "pictures_s": round(self.tally.pictures / took),
             "steps_s": round(self.tally.steps / took, 2),
+            "lr": [round(optimizer.param_groups[0]["lr"], 7) for optimizer in self.optimizers],
         }
-        self.tally = self._tally()
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {self.progress.steps}")
+        for source, (loss, right, tokens) in sums.items():
+            if tokens:  # mean loss, and how many tokens come first
+                line[source] = [round(loss / tokens, 4), round(right / tokens, 4)]
+        self.tally = self.new_tally()
+        if not all(math.isfinite(loss) for loss, _, _ in sums.values()):
+            raise RuntimeError(f"the loss is not finite at step {self.progress.steps}")
         return line
 
     def save(self, path: Path) -> None:
@@ -177,8 +177,9 @@ class Trainer:
                 group["peak"] = group["lr"]
         return made
 
-    def _tally(self) -> Tally:
-        return Tally(torch.zeros(3, device=self.device))
+    def new_tally(self) -> Tally:
+        """Empty sums."""
+        return Tally(torch.zeros(len(feed.SOURCES), 3, device=self.device))
 
 
 def pace(progress: Progress, whole: float) -> float:
@@ -195,11 +196,11 @@ def run(options: argparse.Namespace, began: float) -> None:
     progress = _progress(options.resume)
     core = _tokenizer(options)
     core.save(str(out / "tokenizer.json"))
-    mixture = feed.Mixture(options.batch, options.pieces)
+    mixture = feed.Mixture(options.batch, options.pieces, hard=options.hard)
     source = feed.Feed(options.family, core, options.packs, mixture, progress.runs)
     device = options.device
     batches = iter(feed.loader(source, options.workers, device == "cuda"))  # forks before CUDA starts
-    say(f"{options.family}: {len(source.real)} real rows, {0 if source.prose is None else len(source.prose)} prose tokens")
+    say(f"{options.family}: {len(source.real)} real rows, {len(source.prose)} prose tokens")
     trainer = Trainer(options, core, progress, device)
     progress.runs += 1
     if options.check:
@@ -212,11 +213,9 @@ def run(options: argparse.Namespace, began: float) -> None:
         trainer.save(out / "state.pt")
         trainer.export(out / "checkpoint")
         if options.count:
-            result = evaluate(out / "checkpoint", options.count, device, seconds=options.seconds)
+            result = evaluate(out / "checkpoint", options.count, device, 128, options.seconds)
             print(json.dumps({"step": progress.steps, "evaluation": result}), file=log)
             say(json.dumps(result))
-    for worker in getattr(batches, "_workers", ()):
-        worker.kill()
 
 
 def _train(trainer: Trainer, batches: Iterator[list[feed.Piece]], log: Any, end: float) -> None:
@@ -224,15 +223,12 @@ def _train(trainer: Trainer, batches: Iterator[list[feed.Piece]], log: Any, end:
     began, before = time.monotonic(), progress.seconds
     whole = before + end - began if options.final else options.total_minutes * 60
     saved = exported = logged = began
-    rate = 0.0
-    trainer.tally = trainer._tally()
+    trainer.tally = trainer.new_tally()
     while (now := time.monotonic()) < end and progress.seconds < whole and progress.steps < options.steps:
         progress.seconds = before + now - began
-        trainer.step(next(batches), rate := pace(progress, whole))
+        trainer.step(next(batches), pace(progress, whole))
         if now - logged > LOG_EVERY:
-            line = json.dumps(trainer.log(rate))
-            print(line, file=log)
-            say(line)
+            _note(trainer, log)
             logged = now
         if now - saved > SAVE_EVERY:
             trainer.save(options.out / "state.pt")
@@ -240,7 +236,12 @@ def _train(trainer: Trainer, batches: Iterator[list[feed.Piece]], log: Any, end:
         if now - exported > EXPORT_EVERY:
             trainer.export(options.out / "checkpoint")
             exported = now
-    line = json.dumps(trainer.log(rate))
+    if trainer.tally.steps:
+        _note(trainer, log)
+
+
+def _note(trainer: Trainer, log: Any) -> None:
+    line = json.dumps(trainer.log())
     print(line, file=log)
     say(line)
 
@@ -265,7 +266,7 @@ def _noise(rows: int, height: int, width: int, length: int) -> feed.Piece:
     pixels = torch.randint(256, (rows, height, width, 3), dtype=torch.uint8)
     ids = torch.randint(8, models.VOCABULARY, (rows, length), dtype=torch.int16)
     targets = torch.arange(300, length) + torch.arange(rows)[:, None] * length
-    return feed.Piece(pixels, ids, targets.flatten().int())
+    return feed.Piece("drawn", pixels, ids, targets.flatten().int())
 
 
 def say(text: str, memory: float = 0.0) -> None:
@@ -274,6 +275,7 @@ def say(text: str, memory: float = 0.0) -> None:
 
 
 def main() -> None:
+    """The command line."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -288,9 +290,10 @@ def main() -> None:
     add("--workers", type=int, default=14)
     add("--batch", type=int, default=512, help="sequences an update")
     add("--pieces", type=int, default=4, help="parts of a batch, each padded on its own")
+    add("--hard", type=float, default=0.0, help="share of drawn pictures of the kinds that lag behind")
     add("--optimizer", choices=("muon", "adamw"), default="muon")
     add("--lr", type=float, default=1e-3, help="peak, AdamW")
-    add("--matrix-lr", type=float, default=3e-3, help="peak, Muon")
+    add("--matrix-lr", type=float, default=4e-3, help="peak, Muon")
     add("--count", type=int, default=256, help="held-out charts to answer at the end")
     add("--seconds", type=float, default=40.0, help="at most, for those")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.version.cuda is not None)
@@ -305,7 +308,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001
     logging.disable_progress_bar()
     watch.start()
     run(options, began)

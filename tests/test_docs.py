@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "speculens"
 FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "examples", "benchmarks", ".ci")
 TEXT = {".md", ".py", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".sh", ".jinja", ".cff", ""}
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
-MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users|tmp)/\w")
+MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users)/\w")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

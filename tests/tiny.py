@@ -4,6 +4,8 @@
 Both are cached, so treat them as read-only. Their text is nonsense, but never constant, and it depends on the picture.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 from collections.abc import Mapping
@@ -62,7 +64,7 @@ class Family:
     """What makes one family differ from another.
 
     `name` is the Hugging Face class prefix; `text`, `vision` and `config` are configuration values; `ids` maps a key of
-    the configuration to a name in `tokens`; `images` is an image processor class (prefix) and its arguments;
+    the configuration to a name in `tokens`; `images` is an image processor (package.prefix) and its arguments;
     `placeholder` is what the chat template writes for a picture, before the processor expands it.
     """
 
@@ -86,7 +88,7 @@ LLAVA = Family(
     text={"model_type": "llama"},
     vision=dict(TOWER, model_type="clip_vision_model", num_hidden_layers=3, image_size=28, projection_dim=32),
     config={"image_seq_length": 4},
-    images=("CLIP", {"size": {"shortest_edge": 28}, "crop_size": 28}),
+    images=("clip.CLIP", {"size": {"shortest_edge": 28}, "crop_size": 28}),
     processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
 )
 QWEN2_VL = Family(
@@ -96,7 +98,7 @@ QWEN2_VL = Family(
     tokens=QWEN_TOKENS,
     placeholder=QWEN_PICTURE,
     ids=QWEN_IDS,
-    images=("Qwen2VL", QWEN_SIZE),
+    images=("qwen2_vl.Qwen2VL", QWEN_SIZE),
 )
 QWEN_VISION = dict(QWEN_TOWER, hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN)
 IDEFICS3 = Family(
@@ -105,11 +107,11 @@ IDEFICS3 = Family(
     vision=dict(TOWER, image_size=56),
     config={"scale_factor": 2},
     tokens=IDEFICS_TOKENS,
-    images=("Idefics3", {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
+    images=("idefics3.Idefics3", {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
     processor={"image_seq_len": 4},
 )
 # Gemma multiplies embeddings by sqrt(HIDDEN) and norms by 1 + weight; small embeddings keep it from echoing its input.
-GEMMA = dict(embedding=0.03, final_norm=11.0)
+GEMMA = dict(embedding=0.02, final_norm=16.0)
 GEMMA3 = Family(
     name="Gemma3",
     text=dict(
@@ -120,7 +122,7 @@ GEMMA3 = Family(
     tokens=GEMMA3_TOKENS,
     placeholder="<start_of_image>",
     ids={"image_token_id": "image_token", "boi_token_index": "boi_token", "eoi_token_index": "eoi_token"},
-    images=("Gemma3", {"size": {"height": 56, "width": 56}}),
+    images=("gemma3.Gemma3", {"size": {"height": 56, "width": 56}}),
     processor={"image_seq_length": 4},
     **GEMMA,
 )
@@ -129,7 +131,7 @@ PALIGEMMA = Family(
     text={"model_type": "gemma"},
     vision=dict(SIGLIP, image_size=28, projection_dim=HIDDEN),
     config={"projection_dim": HIDDEN, "hidden_size": HIDDEN},
-    images=("Siglip", {"size": {"height": 28, "width": 28}, "image_seq_length": 4}),
+    images=("siglip.Siglip", {"size": {"height": 28, "width": 28}, "image_seq_length": 4}),
     chat=False,
     **GEMMA,
 )
@@ -147,7 +149,7 @@ TABLE: dict[str, Family] = {
         text=LLAVA.text,
         vision=LLAVA.vision,
         config={"image_seq_length": 4, "image_grid_pinpoints": GRID},
-        images=("LlavaNext", {"size": {"shortest_edge": 28}, "crop_size": 28, "image_grid_pinpoints": GRID}),
+        images=("llava_next.LlavaNext", {"size": {"shortest_edge": 28}, "crop_size": 28, "image_grid_pinpoints": GRID}),
         processor=LLAVA.processor,
     ),
     "llava_onevision": Family(
@@ -157,7 +159,7 @@ TABLE: dict[str, Family] = {
         config=dict(image_grid_pinpoints=GRID, vision_feature_layer=-1, vision_feature_select_strategy="full"),
         tokens={"image_token": "<image>", "video_token": "<video>"},
         ids={"image_token_id": "image_token", "video_token_id": "video_token"},
-        images=("LlavaOnevision", {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": GRID}),
+        images=("llava_onevision.LlavaOnevision", {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": GRID}),
         processor={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
     ),
     "qwen2_vl": QWEN2_VL,
@@ -179,7 +181,7 @@ TABLE: dict[str, Family] = {
         ids=QWEN_IDS,
         images=QWEN2_VL.images,
     ),
-    "smolvlm": _like(IDEFICS3, name="SmolVLM", images=("SmolVLM", IDEFICS3.images[1])),
+    "smolvlm": _like(IDEFICS3, name="SmolVLM", images=("smolvlm.SmolVLM", IDEFICS3.images[1])),
     "idefics3": IDEFICS3,
     "internvl": Family(
         name="InternVL",
@@ -187,12 +189,15 @@ TABLE: dict[str, Family] = {
         vision=dict(TOWER, image_size=[56, 56], patch_size=[14, 14]),
         config={"image_seq_length": 4, "downsample_ratio": 0.5},
         tokens=dict(
-            start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+            start_image_token="<img>",
+            end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>",
+            video_token="<video>",
         ),
         placeholder="<IMG_CONTEXT>",
         ids={"image_token_id": "context_image_token"},
         images=(
-            "GotOcr2",
+            "got_ocr2.GotOcr2",
             dict(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=4),
         ),
         processor={"image_seq_length": 4},
@@ -210,8 +215,8 @@ FAMILIES = list(TABLE)
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: \
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}PLACEHOLDER{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}
-{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+{% if part['type'] == 'image' %}PLACEHOLDER{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}\
+{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 SENTENCES = [
     "What is in the picture? The picture shows a small red square on a blue field.",
     "Describe the image in detail. Two circles and one triangle are drawn near the left edge.",
@@ -249,11 +254,9 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
 def processor(family: str) -> ProcessorMixin:
     """The family's own processor class over `tokenizer(family)`, with a multi-turn, multi-image chat template."""
     row = TABLE[family]
-    prefix, arguments = row.images
-    package = {"CLIP": "clip", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision", "Qwen2VL": "qwen2_vl"}
-    package |= {"GotOcr2": "got_ocr2"}
-    package_name = package.get(prefix, prefix.lower())
-    module = importlib.import_module(f"transformers.models.{package_name}.image_processing_pil_{package_name}")
+    place, arguments = row.images
+    package, prefix = place.split(".")
+    module = importlib.import_module(f"transformers.models.{package}.image_processing_pil_{package}")
     images = getattr(module, f"{prefix}ImageProcessorPil")(**arguments)
     cls = processing.image_only(getattr(transformers, f"{row.name}Processor"))
     made = cls(images, tokenizer(family), **row.processor)
@@ -261,9 +264,7 @@ def processor(family: str) -> ProcessorMixin:
     return made
 
 
-def model(
-    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None
-) -> PreTrainedModel:
+def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None) -> PreTrainedModel:
     """A frozen random model in evaluation mode, about 0.3 M parameters; the same weights in every `dtype` and `attn`.
 
     `attn` is a Hugging Face attention implementation; without it, the fastest one that is right for the family.
@@ -276,7 +277,11 @@ def _model(family: str, dtype: torch.dtype, seed: int, attn: str) -> PreTrainedM
     row = TABLE[family]
     words = tokenizer(family)
     processor(family)  # PaliGemma's adds words of its own to the tokenizer
-    special = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    special = {
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+    }
     config = getattr(transformers, f"{row.name}Config")(
         text_config={**TEXT, **row.text, **special, "vocab_size": len(words)},
         vision_config=dict(row.vision),
@@ -297,10 +302,11 @@ def _enliven(made: PreTrainedModel, row: Family, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(made.named_parameters()):
         if weight.dim() >= 2 or not name.endswith(("weight", "lambda_1", "lambda_2")):  # all but the gains of norms
-            scale = row.embedding if "embed" in name else 0.25 if weight.dim() >= 2 else 0.1
+            scale = 0.6 if "embed" in name else 0.25 if weight.dim() >= 2 else 0.1
+            scale = row.embedding if "embed_tokens" in name else scale
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            weight.add_(1)  # normalised queries and keys of unit gain would attend to everything alike
+            weight.fill_(2)  # normalised queries and keys of unit gain would attend to everything alike
     if row.final_norm is not None:
         made.get_decoder().norm.weight.fill_(row.final_norm)
 
@@ -325,6 +331,7 @@ def picture(seed: int = 0, size: tuple[int, int] = SIZES[0]) -> Image.Image:
 
 def conversation(family: str | None = None, images: int = 1, turns: int = 1, seed: int = 0) -> Conversation:
     """`turns` questions with the answers between them; the pictures come first in the first question."""
+    assert images or family is None or TABLE[family].chat, f"{family} refuses a prompt without a picture"
     pictures = [picture(seed + 100 * i, SIZES[i % len(SIZES)]) for i in range(images)]
     first = (*pictures, SENTENCES[seed % len(SENTENCES)])
     messages = [Message("user", first)]
@@ -344,7 +351,7 @@ def prompt_inputs(
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
-    """Write model and processor as one directory that `load_target` and Hugging Face's Auto classes can read."""
+    """Write model and processor as one directory: a checkpoint for `load_target`, as a published one would be."""
     model(family, dtype).save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return folder

@@ -1,19 +1,26 @@
-"""Lossless speculative decoding for vision-language models."""
+"""Lossless speculative decoding for vision-language models.
+
+Names are imported when they are first used: torch takes seconds, and `speculens --help` must not wait for it.
+"""
+
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from speculens.adapter import custom_generate
-from speculens.checkpoints import load_drafter
-from speculens.conversation import Conversation, Message, load_image
-from speculens.drafters import LookupDrafter, NoDrafter
-from speculens.engine import Engine, Generation, Step
-from speculens.errors import UserError
-from speculens.sampling import Sampling
-from speculens.stats import Stats
-from speculens.targets import Target, load_target
-from speculens.tree import DraftTree, TreeShape
+if TYPE_CHECKING:
+    from speculens.adapter import custom_generate
+    from speculens.checkpoints import load_drafter
+    from speculens.conversation import Conversation, Message, load_image
+    from speculens.drafters import LookupDrafter, NoDrafter
+    from speculens.engine import Engine, Generation, Step
+    from speculens.errors import UserError
+    from speculens.sampling import Sampling
+    from speculens.stats import Stats
+    from speculens.targets import Target, load_target
+    from speculens.tree import DraftTree, TreeShape
 
 __version__ = "0.1.0"
 
@@ -38,8 +45,34 @@ __all__ = [
     "load_target",
 ]
 
+_HOMES = {
+    "adapter": ("custom_generate",),
+    "checkpoints": ("load_drafter",),
+    "conversation": ("Conversation", "Message", "load_image"),
+    "drafters": ("LookupDrafter", "NoDrafter"),
+    "engine": ("Engine", "Generation", "Step"),
+    "errors": ("UserError",),
+    "sampling": ("Sampling",),
+    "stats": ("Stats",),
+    "targets": ("Target", "load_target"),
+    "tree": ("DraftTree", "TreeShape"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-def generate(target: str | Target, text: str, *, images: list[Any] | None = None, drafter: str = "none", **sampling: Any) -> Generation:
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def generate(
+    target: str | Target, text: str, *, images: list[Any] | None = None, drafter: str = "none", **sampling: Any
+) -> Generation:
     """One call from a question and pictures to an answer.
 
     target   a loaded Target, or a folder or hub id (loaded anew each time)
@@ -47,8 +80,14 @@ def generate(target: str | Target, text: str, *, images: list[Any] | None = None
     drafter  a folder or hub id, `lookup` or `none`
     sampling  fields of `Sampling`: temperature, max_new_tokens, seed, ...
     """
+    from speculens.checkpoints import load_drafter
+    from speculens.conversation import Conversation
+    from speculens.engine import Engine
+    from speculens.sampling import Sampling
+    from speculens.targets import Target, load_target
+
     if not isinstance(target, Target):
         target = load_target(target)
     guesser = load_drafter(drafter, dtype=target.dtype, device=target.device)
-    conversation = Conversation.user(text, images=[load_image(image) for image in images or []])
+    conversation = Conversation.user(text, images=images or [])
     return Engine(target, guesser).generate(conversation, Sampling(**sampling))

@@ -1,7 +1,8 @@
 """`model.generate(..., custom_generate=custom_generate(drafter))`: tree decoding behind Hugging Face's own door.
 
 `generate` prepares positions, logits processors and stopping criteria; the engine does the rest. It takes `streamer`
-away before a custom loop sees it, so pass a streamer as `stream_to` instead.
+and `tokenizer` away before a custom loop sees them: pass a streamer as `stream_to`, and stop strings as a
+`StopStringCriteria` among `stopping_criteria`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
     """A function for `generate(custom_generate=...)` that returns prompt and output ids, (1, n).
 
     Sampling with the same `seed` (a keyword of its own, default 0) gives the same tokens with any drafter and with
-    none; it does not use torch's global generator. Raises UserError for batches, beams and stateful processors.
+    none; it does not use torch's global generator. Raises UserError for batches, beams, stateful processors and
+    `return_dict_in_generate`.
     """
 
     def tree_decode(
@@ -42,9 +44,12 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
             raise UserError("Call this through model.generate(custom_generate=...), which prepares its arguments.")
         if len(input_ids) != 1:
             raise UserError(f"Tree decoding through generate takes one sequence, not {len(input_ids)}: use Engine for batches.")
+        if generation_config.return_dict_in_generate:
+            raise UserError("Tree decoding through generate returns token ids only: leave return_dict_in_generate off.")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-        inputs = {k: v for k, v in inputs.items() if v is not None and k not in ("past_key_values", "use_cache")}
+        ours = ("past_key_values", "use_cache", "logits_to_keep")
+        inputs = {k: v for k, v in inputs.items() if v is not None and k not in ours}
         prompt = Prompt(input_ids[0].cpu(), inputs, (input_ids[0] == model.config.image_token_id).cpu())
         sampling = Sampling(
             temperature=1.0 if generation_config.do_sample else 0.0,
@@ -55,6 +60,8 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
         )
         engine = Engine(Target(model), drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
         ids = input_ids
+        if stream_to is not None:
+            stream_to.put(ids.cpu())  # as generate does: a streamer may skip the prompt
         for step in engine.stream(prompt, sampling):
             for token in step.tokens:
                 ids = torch.cat([ids, ids.new_tensor([[token]])], 1)

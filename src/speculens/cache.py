@@ -12,7 +12,8 @@ beyond a slot's length hold junk at all times; whoever reads must mask them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class SlotCache:
             self._blocks[device] = torch.zeros(count, slots * capacity, heads * head_dim, dtype=dtype, device=device)
         self._rows = range(0)
         self._columns = 0
+        self._high = 0  # columns ever written to
         self._index = self.lengths.new_zeros(0)
 
     @property
@@ -77,12 +79,23 @@ class SlotCache:
         self.extents[row] = 0
         return row
 
+    @contextmanager
+    def opening(self) -> Iterator[int]:
+        """`admit` for the length of a block that fills the row; the row is freed again if that fails."""
+        row = self.admit()
+        try:
+            yield row
+        except BaseException:
+            self.free(row)
+            raise
+
     def aim(self, rows: range, width: int, start: int = 0) -> None:
         """Let the next writes go to columns `length + start` .. `+ width` of these rows, and reads return all before."""
         self._rows = rows
         self._columns = self.seen + start + width
         if self._columns > self.capacity:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
+        self._high = max(self._high, self._columns)
         base = torch.arange(rows.start, rows.stop, device=self.lengths.device) * self.capacity
         base = base + self.lengths[rows.start : rows.stop] + start
         self._index = (base[:, None] + torch.arange(width, device=base.device)).flatten()
@@ -119,15 +132,18 @@ class SlotCache:
         self.extents[: len(lengths)] = lengths
 
     def free(self, row: int) -> None:
-        """Forget a row; the last running slot takes its place."""
+        """Forget a row; the last running slot takes its place.
+
+        The row left over is wiped: masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN.
+        """
         last = self.running - 1
-        if row != last:
-            length = self.extents[last]
-            for block in self._blocks.values():
-                slots = block.view(len(block), self.slots, self.capacity, -1)
-                slots[:, row, :length] = slots[:, last, :length]
-            self.lengths[row] = self.lengths[last]
-            self.extents[row] = length
+        for block in self._blocks.values():
+            slots = block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
+            if row != last:
+                slots[:, row] = slots[:, last]
+            slots[:, last] = 0
+        self.lengths[row] = self.lengths[last]
+        self.extents[row] = self.extents[last]
         self.running = last
 
     def as_transformers(self) -> Cache:

@@ -1,5 +1,7 @@
 """Messages and pictures in, whatever their source: one form for generation, data, benchmark and server."""
 
+from __future__ import annotations
+
 import base64
 import contextlib
 import io
@@ -48,18 +50,18 @@ class Conversation:
     messages: tuple[Message, ...]
 
     @classmethod
-    def user(cls, text: str, images: Sequence[Source] = ()) -> "Conversation":
+    def user(cls, text: str, images: Sequence[Source] = ()) -> Conversation:
         """One question about `images` (anything `load_image` takes), pictures first."""
         return cls((Message("user", (*map(load_image, images), text)),))
 
     @classmethod
     def from_row(
         cls, row: Mapping[str, Any], image_root: Path | None = None, load: Callable[[Source], Image] | None = None
-    ) -> "Conversation":
-        """A row of JSONL data: `messages`/`conversations`, LLaVA/ShareGPT (`from`/`value`, `<image>`) or MMSpec (`turns`).
+    ) -> Conversation:
+        """A row of data: `messages` or `conversations`, also LLaVA's (`from`, `value`, `<image>`), or MMSpec's `turns`.
 
-        Relative paths start at `image_root`. `load` opens a picture (default `load_image`). A row of `turns` becomes one
-        user message a turn, the pictures in the first. Raises UserError that names the row and what is wrong with it.
+        Relative paths start at `image_root`; `load` opens a picture (default `load_image`). A row of `turns` becomes
+        one user message a turn, the pictures in the first. Raises UserError: which row, and what is wrong with it.
         """
         if not isinstance(row, Mapping):
             raise UserError(f"A row must be a JSON object, not {_kind(row)}.")
@@ -73,7 +75,7 @@ class Conversation:
         """All pictures, in reading order."""
         return tuple(part for message in self.messages for part in message.content if not isinstance(part, str))
 
-    def then(self, role: str, *content: str | Image) -> "Conversation":
+    def then(self, role: str, *content: str | Image) -> Conversation:
         """This conversation with one more message."""
         return Conversation((*self.messages, Message(role, content)))
 
@@ -97,8 +99,8 @@ def load_image(
 ) -> Image:
     """The picture as upright RGB: from a path, an http(s) URL, a data URI, "-" (stdin), encoded bytes or a PIL picture.
 
-    Transparency is laid on white, 16-bit values are scaled to 8, of an animation the first frame is taken. `timeout` is in
-    seconds and holds for the whole download. Raises UserError, naming the source, for everything that is not a picture.
+    Transparency is laid on white, 16-bit values are scaled to 8, of an animation the first frame is taken. `timeout`,
+    in seconds, holds for the whole download. Raises UserError, naming the source, for all that is not a picture.
     """
     if isinstance(source, PIL.Image.Image):
         return _to_rgb(lambda: source, "the given image", max_pixels)
@@ -134,7 +136,7 @@ def _read(source: str | Path | bytes, max_bytes: int, timeout: float) -> tuple[b
 def _read_file(path: str | Path, max_bytes: int) -> bytes:
     name = _short(str(path))
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(max_bytes + 1)
     except FileNotFoundError as error:
         _refuse(name, "there is no such file", error)
@@ -161,14 +163,16 @@ def _decode_uri(uri: str) -> bytes:
 
 def _download(url: str, max_bytes: int, timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
-    request = urllib.request.Request(url, headers={"User-Agent": "speculens", "Accept": "image/*"})
+    headers = {"User-Agent": "speculens", "Accept": "image/*"}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the opener below knows http and https only
     data = bytearray()
     try:
         with _http_only().open(request, timeout=timeout) as response:
             while len(data) <= max_bytes and (chunk := response.read1(65536)):
                 data += chunk
                 if time.monotonic() > deadline:
-                    raise TimeoutError
+                    raise TimeoutError  # noqa: TRY301 - late in the body is as late as in the header
+            missing = response.length  # of what was announced, or None
     except TimeoutError as error:
         _refuse(_short(url), f"it did not arrive within {timeout:g} seconds", error)
     except urllib.error.HTTPError as error:
@@ -178,11 +182,13 @@ def _download(url: str, max_bytes: int, timeout: float) -> bytes:
         if isinstance(getattr(error, "reason", None), TimeoutError):
             _refuse(_short(url), f"it did not arrive within {timeout:g} seconds", error)
         _refuse(_short(url), f"the download failed ({_reason(error)})", error)
+    if missing and len(data) <= max_bytes:
+        _refuse(_short(url), f"the download broke off {missing:,} bytes before its end")
     return bytes(data)
 
 
 def _http_only() -> urllib.request.OpenerDirector:
-    """urllib's usual opener also follows redirects to ftp; this one knows http and https alone."""
+    """The usual opener also follows redirects to ftp; this one knows http and https alone."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -223,7 +229,7 @@ def _to_rgb(open_image: Callable[[], Image], name: str, max_pixels: int) -> Imag
         _refuse(name, "it has more pixels than Pillow will decode", error)
     except UnidentifiedImageError as error:
         _refuse(name, f"it is not in a known picture format ({', '.join(_formats())})", error)
-    except Exception as error:  # decoders of broken files raise nearly anything
+    except Exception as error:  # noqa: BLE001 - decoders of broken files raise nearly anything
         _refuse(name, f"it is damaged or cut short ({_reason(error)})", error)
 
 
@@ -349,15 +355,14 @@ def _part(part: Any, album: _Album) -> str | Image:
 
 def _split_marks(text: str, album: _Album) -> Iterator[str | Image]:
     """Text with a picture at every mark, if the row lists pictures; a mark stands on a line of its own."""
-    pieces = text.split(MARK) if album.listed else [text]
+    first, *others = text.split(MARK) if album.listed else [text]
+    pieces = [first, *(piece.removeprefix("\n") for piece in others)]
     for number, piece in enumerate(pieces):
         if number:
             yield album.next()
-            piece = piece.removeprefix("\n")
-        if number < len(pieces) - 1:
-            piece = piece.removesuffix("\n")
-        if piece:
-            yield piece
+        text = piece if number == len(others) else piece.removesuffix("\n")
+        if text:
+            yield text
 
 
 def _kind(value: Any) -> str:

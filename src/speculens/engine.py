@@ -117,6 +117,7 @@ class Engine:
 
     def stream(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Iterator[Step]:
         """Decode one request step by step. Leaving the iterator early cancels it."""
+        self._check_idle()
         step = self.admit(request, sampling)
         try:
             yield step
@@ -133,6 +134,7 @@ class Engine:
         on_step: Callable[[int, Step], None] | None = None,
     ) -> list[Generation]:
         """Decode many requests over the slots, admitting the next whenever one is free. Results in order."""
+        self._check_idle()
         if not isinstance(samplings, Sequence):
             samplings = [samplings or Sampling()] * len(requests)
         waiting = deque(enumerate(zip(requests, samplings, strict=True)))
@@ -169,10 +171,14 @@ class Engine:
         slot = Slot(prompt, sampling, TextStream(tokenizer, sampling.stop) if tokenizer else None)
         with self._clock("prefill", [slot]):
             logits, features = self._target.prefill(prompt)
-            tree = DraftTree.root(features.tokens[:, -1])
-            past = prompt.ids[:-1].tolist() if sampling.needs_history else []
-            first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
-            self._drafter.begin(features, first)
+            try:
+                tree = DraftTree.root(features.tokens[:, -1])
+                past = prompt.ids[:-1].tolist() if sampling.needs_history else []
+                first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
+                self._drafter.begin(features, first)
+            except BaseException:
+                self._target.free(len(self._running))
+                raise
         self._running.append(slot)
         emitted, text = self._emit(slot, first.tolist())
         step = Step(slot, emitted, text, 0, None)
@@ -251,6 +257,10 @@ class Engine:
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last
+
+    def _check_idle(self) -> None:
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} slots are running: let them end, or use admit and step for all")
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
         asked = len(prompt) + sampling.max_new_tokens

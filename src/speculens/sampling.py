@@ -76,12 +76,14 @@ class Sampling:
                 (not self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}"),
                 (self.no_repeat_ngram_size < 0, f"no_repeat_ngram_size must be 0 or more, not {self.no_repeat_ngram_size}"),
                 (self.max_new_tokens < 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
+                (not -(1 << 63) <= self.seed < 1 << 63, f"seed must fit in 64 bits, signed, not {self.seed}"),
+                (isinstance(self.stop, str), "stop must be several strings, not one: write (text,)"),
                 (any(not text for text in self.stop), "a stop string must not be empty"),
             )
             if bad
         ]
         for processor in self.processors:
-            if type(processor).__name__ in STATEFUL_PROCESSORS:
+            if STATEFUL_PROCESSORS.intersection(kind.__name__ for kind in type(processor).__mro__):
                 wrong.append(f"{type(processor).__name__} keeps state between calls and cannot be applied to a tree")
         if wrong:
             raise UserError(f"{'; '.join(wrong)}.")
@@ -177,14 +179,20 @@ def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise (..., vocab) in float64, a pure function of seed (...), position (...) and token id.
 
     A counter-based generator (two rounds of the splitmix64 finaliser, Steele et al. 2014) needs no state, so the
-    noise of a position is the same in whatever order, batch or tree it is asked for. The uniform behind it has 53 bits
-    and is never 0 or 1: half-precision uniforms that round to 0 would make impossible tokens possible.
+    noise of a position is the same in whatever order, batch or tree it is asked for.
     """
     stream = _mix(_mix(seed.long() + _GOLDEN) ^ (position * _GOLDEN))
     token = torch.arange(1, vocab + 1, device=stream.device)
-    bits = _mix(_mix(stream[..., None] + token * _GOLDEN))
-    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    uniform = _uniform(_mix(_mix(stream[..., None] + token * _GOLDEN)))
     return -torch.log(-torch.log(uniform))
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """64 random bits -> a float64 strictly between 0 and 1: an infinite noise would make impossible tokens possible.
+
+    52 bits, not 53: the half that keeps 0 away would round the largest of 53 up to 1.
+    """
+    return (_shift(bits, 12).double() + 0.5) * 2.0**-52
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit integers, which wrap around

@@ -48,9 +48,13 @@ def load_drafter(
         raise UserError(f"{name} is a '{config.speculator_type}' drafter; known methods are {', '.join(sorted(METHODS))}.")
     drafter = METHODS[config.speculator_type](config)
     state = _read_weights(folder)
-    missing, unexpected = drafter.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(f"The weights in {folder} do not fit its config: missing {missing or 'none'}, unknown {unexpected or 'none'}.")
+    own = {name: tensor.shape for name, tensor in drafter.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state.items()}
+    if wrong := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
+        raise UserError(
+            f"The weights in {folder} do not fit its config: missing, unknown or of another shape: {', '.join(wrong)}."
+        )
+    drafter.load_state_dict(state)
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -63,7 +67,7 @@ def read_config(folder: Path) -> DrafterConfig:
         raise UserError(f"{folder} holds no drafter: config.json is missing.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if "speculator_type" not in values:
+    if not isinstance(values, dict) or "speculator_type" not in values:
         raise UserError(f"{folder} holds no drafter of ours: its config.json names no speculator_type.")
     return DrafterConfig.from_dict(values)
 

@@ -1,11 +1,25 @@
 """Drafters: one file per method."""
 
+from typing import TypeAlias
+
 from speculens.drafters.base import Drafter, DraftSession, NoDrafter
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.lookup import LookupDrafter
 
-# Every trained method, by the `speculator_type` in its config. Adding a method adds its file and one line here.
-METHODS: dict[str, type[EagleDrafter]] = {drafter.name: drafter for drafter in (EagleDrafter,)}
+# What every trained method is a kind of.
+TrainedDrafter: TypeAlias = EagleDrafter
 
-__all__ = ["METHODS", "Drafter", "DraftSession", "DrafterConfig", "EagleDrafter", "LookupDrafter", "NoDrafter"]
+# Every trained method, by the `speculator_type` in its config. Adding a method adds its file and one line here.
+METHODS: dict[str, type[TrainedDrafter]] = {drafter.name: drafter for drafter in (EagleDrafter,)}
+
+__all__ = [
+    "METHODS",
+    "DraftSession",
+    "Drafter",
+    "DrafterConfig",
+    "EagleDrafter",
+    "LookupDrafter",
+    "NoDrafter",
+    "TrainedDrafter",
+]

@@ -56,9 +56,9 @@ class DrafterConfig:
         if unknown:
             raise UserError(f"The drafter's config.json has unknown keys: {', '.join(unknown)}.")
         values = dict(values)
-        if "tree" in values:
-            values["tree"] = TreeShape(**values["tree"])
         try:
+            if "tree" in values:
+                values["tree"] = TreeShape(**values["tree"])
             return DrafterConfig(**values)
         except TypeError as error:
-            raise UserError(f"The drafter's config.json is incomplete: {error}.") from None
+            raise UserError(f"The drafter's config.json is incomplete or wrong: {error}.") from None

@@ -113,13 +113,13 @@ class EagleSession:
     @torch.no_grad()
     def begin(self, features: Features, first: Tensor) -> None:
         """Prefill the drafter on its view of the prompt."""
-        row = self.cache.admit()
         next_embeds = torch.cat([features.embeds[:, 1:], self.target.embed(first)[:, None]], dim=1)
         rows = self.drafter.rows(features, next_embeds)
         count = rows.inputs.shape[1]
-        self.cache.aim(range(row, row + 1), count)
-        output = self.drafter(rows.inputs, rows.positions, self._causal)
-        self.cache.commit(range(row, row + 1), [count])
+        with self.cache.opening() as row:
+            self.cache.aim(range(row, row + 1), count)
+            output = self.drafter(rows.inputs, rows.positions, self._causal)
+            self.cache.commit(range(row, row + 1), [count])
         self._hidden[row] = output[0, -1]
         self._position[row] = features.tokens.shape[1]
 

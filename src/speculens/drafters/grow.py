@@ -73,9 +73,10 @@ def _best(found: _Candidates, shape: TreeShape) -> DraftTree:
     """Keep the root and the most probable candidates.
 
     A child never scores above its parent, and the stable sort keeps creation order among equals, so the kept set is
-    closed under ancestors even on ties.
+    closed under ancestors even on ties. A drafter that overflows gives NaN, which would sort above the root.
     """
     tokens, scores, parents, depth = (torch.cat(part, 1) for part in (found.tokens, found.scores, found.parents, found.depth))
+    scores = torch.where(scores <= 0, scores, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes]
     kept = order.sort(dim=1).values
     place = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))

@@ -132,7 +132,13 @@ class Target:
         """
         with torch.no_grad():
             door = self.at_the_door(inputs, cache=None)
+            mask = door.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                # A plain padding mask: the model adds causality and nothing else, so no real row sees the padding on
+                # its right anyway. Without the mask, attention takes its fast causal path.
+                door["attention_mask"] = None
             hidden = self.decoder(**door).last_hidden_state
+            self.calibrate(inputs, hidden[0, -1])
             tokens = inputs["input_ids"].to(self.device)
             positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
             lengths = inputs["attention_mask"].sum(1).to(self.device)
@@ -206,16 +212,16 @@ class TargetSession:
     def prefill(self, prompt: Prompt) -> tuple[Tensor, Features]:
         """Admit a prompt into the next row: one forward. Returns logits (1, 1, V) after its last token, and features."""
         target, cache = self.target, self.cache
-        row = cache.admit()
-        try:
+        mask = prompt.inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not mask.all():
+            raise UserError("The prompt holds padding, which the draft tree would read as text: encode it without.")
+        with cache.opening() as row:
             cache.aim(range(row, row + 1), len(prompt))
             door = target.at_the_door(prompt.inputs, self._past)
             hidden = target.decoder(**{**door, "past_key_values": self._past, "use_cache": True}).last_hidden_state
-        except BaseException:
-            cache.free(row)
-            raise
-        cache.commit(range(row, row + 1), [len(prompt)])
-        target.calibrate(prompt.inputs, hidden[0, -1])
+            target.calibrate(prompt.inputs, hidden[0, -1])
+            logits = target.logits(hidden[:, -1:])
+            cache.commit(range(row, row + 1), [len(prompt)])
         positions = door.get("position_ids")
         self._axes = 3 if positions is not None and positions.ndim == 3 else 1
         self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - len(prompt)
@@ -228,7 +234,7 @@ class TargetSession:
             image=prompt.image[None].to(device),
             lengths=torch.tensor([len(prompt)], device=device),
         )
-        return target.logits(hidden[:, -1:]), features
+        return logits, features
 
     @torch.no_grad()
     def score(self, tree: DraftTree) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from speculens.errors import UserError
+from speculens.targets.attention import fold_attention
 from speculens.targets.base import Target
 from speculens.targets.processing import load_processor
 
@@ -39,15 +41,32 @@ def load_target(
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them.")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=dtype, device_map=device_map, revision=revision, **kwargs
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            ignore_mismatched_sizes=True,  # so that they are reported here, in one sentence
+            output_loading_info=True,
+            **kwargs,
         )
+    except SafetensorError as error:
+        raise UserError(f"The weights of {name} are broken ({_first_line(error)}): fetch them again.") from None
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name} could not be loaded: {_first_line(error)}") from None
+    model, found = loaded
+    # transformers would go on with random numbers in their place.
+    wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} weights of {name} are missing or of another shape than its config says: {wrong[0]}, ..."
+        )
     if device_map is None and not getattr(model, "is_quantized", False):
         model = model.to(device)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point()):
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
+    fold_attention(model)
     return Target(model, load_processor(name, config, revision=revision))
 
 

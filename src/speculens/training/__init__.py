@@ -1,0 +1,6 @@
+"""Training: a frozen target teaches a drafter. No method and no family is named here."""
+
+from speculens.training.config import Recipe, load_recipe
+from speculens.training.trainer import train
+
+__all__ = ["Recipe", "load_recipe", "train"]

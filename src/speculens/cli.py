@@ -1,0 +1,473 @@
+"""The command line: parses, calls, prints. Errors are one sentence on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json as jsons
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from speculens.errors import UserError
+
+if TYPE_CHECKING:
+    from speculens.answer import Answer, Entry
+    from speculens.conversation import Conversation
+    from speculens.drafters import Drafter
+    from speculens.targets import Target
+    from speculens.tree import TreeShape
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Lossless speculative decoding for vision-language models.",
+)
+
+
+class Dtype(StrEnum):
+    """Number formats of a target."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Family(StrEnum):
+    """Targets that the repository ships."""
+
+    all = "all"
+    llava = "llava"
+    qwen2_5_vl = "qwen2_5_vl"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a target on the hub.")]
+DRAFTER_HELP = "Folder or hub id of a drafter, `lookup` or `none`."
+TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command (default: that of the process) and return its exit status."""
+    command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows few characters must not stop an answer
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        with warnings.catch_warnings(), command.make_context("speculens", words) as context:
+            warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|accelerate)\b")
+            command.invoke(context)
+            sys.stdout.flush()
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; Python must not complain about it while shutting down
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if sentence:  # none where the help has been shown instead
+            typer.echo(f"speculens: {sentence}", err=True)
+        return 2
+    return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What went wrong in one line, for errors that a user can mend; None for our own mistakes."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if hasattr(error, "format_message"):  # how the command was typed
+        return " ".join(error.format_message().split())
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return (
+            "Out of memory: lower --max-model-len, --max-new-tokens, --num-draft-tokens or the recipe's batch size, "
+            "use smaller pictures, or load the target with --dtype bfloat16 or spread by --device-map auto."
+        )
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return "The disk is full: make room, then run the same command again."
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be used: {error.strerror}."
+    return None
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from speculens import __version__
+
+        typer.echo(f"speculens {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def generate(  # noqa: PLR0913, PLR0917 - a flag each
+    question: Annotated[str, typer.Argument(help="What to ask; `-` reads it from standard input.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model.")],
+    drafter: Annotated[str, typer.Option(help=DRAFTER_HELP)] = "none",
+    image: Annotated[list[str] | None, typer.Option(help="Path, URL or `-` (standard input); may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the question.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run the target alone beside it and show both.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the answer as an HTML page.")] = None,
+    json: Json = False,
+    num_steps: Annotated[
+        int | None,
+        typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE),
+    ] = None,
+    topk: Annotated[int | None, typer.Option(help="Children per node, and the beam.", rich_help_panel=TREE)] = None,
+    num_draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--num-draft-tokens",
+            "--total-token",
+            help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
+            rich_help_panel=TREE,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(rich_help_panel=SAMPLING)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same text with any drafter.", rich_help_panel=SAMPLING)
+    ] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End after this text; may be repeated.", rich_help_panel=SAMPLING)
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)
+    ] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Answer a question about pictures, as the target itself would, sooner."""
+    if compare and drafter == "none":
+        raise UserError("--compare sets a drafter beside none: name one with --drafter.")
+    from speculens.answer import Entry, ask, warm_up
+    from speculens.engine import Engine
+    from speculens.sampling import Sampling
+    from speculens.show import Screen, closing
+
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    conversation = _conversation(question, image or [], system)
+    model, guesser = _load(target, drafter, dtype, device, device_map, revision)
+    shape = _shape(guesser, {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens})
+    prompt = model.encode(conversation)
+    capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
+    engine = Engine(model, guesser, capacity=capacity, shape=shape)
+    alone = Engine(model, capacity=capacity) if compare else None
+    if alone:
+        warm_up((engine, alone), prompt, sampling)
+    screen = Screen(quiet=json)
+    answer = ask(engine, prompt, sampling, screen.run)
+    screen.say()
+    screen.aside(closing(answer))
+    if any(run.drafted for run in answer.runs):
+        screen.legend()
+    entries = []
+    if alone:
+        own = ask(alone, prompt, sampling)
+        entries = [Entry("none", [own], [own]), Entry(guesser.name, [answer], [own])]
+        screen.table(entries)
+    if html:
+        _write_page(html, f"{target}, drafter {drafter}", image or [], conversation, answer, entries)
+    if json:
+        _print_json(
+            {"target": target, "drafter": drafter, **answer.to_dict(), **_compared(entries), "versions": _versions()}
+        )
+
+
+def _conversation(question: str, images: Sequence[str], system: str | None) -> Conversation:
+    from speculens.conversation import Conversation, Message
+
+    if question == "-":
+        if "-" in images:
+            raise UserError("Standard input can bring the picture or the question, not both: give one of them by name.")
+        question = sys.stdin.read().strip()
+    if not question:
+        raise UserError("The question is empty.")
+    asked = Conversation.user(question, images)
+    return Conversation((Message("system", (system,)), *asked.messages)) if system else asked
+
+
+def _load(
+    target: str, drafter: str, dtype: Dtype, device: str | None, device_map: str | None, revision: str | None
+) -> tuple[Target, Drafter]:
+    from speculens.checkpoints import load_drafter
+    from speculens.targets import load_target
+
+    _hush()
+    model = load_target(target, dtype=dtype.value, device=_usable(device), device_map=device_map, revision=revision)
+    return model, load_drafter(drafter, dtype=model.dtype, device=model.device)
+
+
+def _usable(device: str | None) -> str | None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _shape(drafter: Drafter, wanted: dict[str, int | None]) -> TreeShape | None:
+    """The drafter's own tree with what was asked for; None if nothing was."""
+    from speculens.tree import TreeShape
+
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    if not changes:
+        return None
+    own = drafter.describe()["tree"]
+    if "num_steps" not in own:
+        raise UserError(
+            f"The drafter {drafter.name} grows no tree: leave out --{next(iter(changes)).replace('_', '-')}."
+        )
+    return TreeShape(**{**own, **changes})
+
+
+def _write_page(
+    file: Path, about: str, images: Sequence[str], conversation: Conversation, answer: Answer, entries: Sequence[Entry]
+) -> None:
+    from speculens import page
+
+    question = str(conversation.messages[-1].content[-1])
+    # A data URI may be megabytes long, and folders are nobody's business.
+    names = ["a picture" if name.startswith("data:") else Path(name).name for name in images]
+    card = page.Card(", ".join(names) or "No picture", conversation.images, question, answer)
+    _write(file, page.render("An answer", about, [page.Section("", "", [card], entries)]))
+
+
+def _compared(entries: Sequence[Entry]) -> dict[str, Any]:
+    if not entries:
+        return {}
+    own, mine = entries
+    return {
+        "exact": mine.exact == 1,
+        "first_difference": mine.differences[0],
+        "walltime_speedup": mine.walltime_speedup,
+        "decode_speedup": mine.decode_speedup,
+        "baseline": own.answers[0].to_dict(),
+    }
+
+
+@app.command()
+def inspect(
+    target: Annotated[str | None, typer.Option(help="Folder or hub id of a vision-language model.")] = None,
+    drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP)] = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Show what a target and a drafter are, and whether they fit."""
+    if target is None and drafter is None:
+        raise UserError("Nothing to inspect: name a --target, a --drafter or both.")
+    from speculens.checkpoints import load_drafter
+    from speculens.show import Screen, drafter_lines, target_lines
+
+    _hush()
+    screen = Screen(quiet=json)
+    report: dict[str, Any] = {"target": None, "drafter": None, "fits": None, "reason": None}
+    outline = guesser = None
+    if target is not None:
+        outline = _outline(target, revision)
+        report["target"] = {"name": target, **_target_facts(outline)}
+        screen.facts(f"target {target}", target_lines(report["target"]))
+    if drafter is not None:
+        guesser = load_drafter(drafter)
+        report["drafter"] = {"name": drafter, **guesser.describe(), "bytes": _stored_bytes(drafter)}
+        screen.say()
+        screen.facts(f"drafter {drafter}", drafter_lines(report["drafter"]))
+    if outline is not None and guesser is not None:
+        report["reason"] = _misfit(guesser, outline)
+        report["fits"] = report["reason"] is None
+        screen.say()
+        screen.say(report["reason"] or "They fit.", "bold")
+    if json:
+        _print_json({**report, "versions": _versions()})
+
+
+def _outline(name: str, revision: str | None) -> Target:
+    """A target without its weights: all shapes, no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+    from speculens.targets import Target
+    from speculens.targets.processing import load_processor
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"There is no vision-language model at {name}: {str(error).strip().splitlines()[0]}") from None
+    with contextlib.suppress(OSError):  # without one, the end-of-sequence ids are those of the model's config
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    return Target(model, load_processor(name, config, revision=revision))
+
+
+def _target_facts(target: Target) -> dict[str, Any]:
+    from speculens.targets.processing import image_token_id
+
+    config = target.model.config
+    token = image_token_id(config)
+    rope = getattr(target.text_config, "rope_parameters", None) or {}
+    return {
+        "model_type": target.family,
+        "architecture": type(target.model).__name__,
+        "num_hidden_layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "parameters": sum(weight.numel() for weight in target.model.parameters()),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "context": target.context,
+        "kv_bytes_per_token": target.session(slots=1, capacity=1).cache.nbytes,
+        "positions": "M-RoPE" if "mrope_section" in rope else "1-D",
+        "image_token": target.tokenizer.convert_ids_to_tokens(token),
+        "image_token_id": token,
+        "eos_tokens": target.tokenizer.convert_ids_to_tokens(sorted(target.eos_token_ids)),
+        "eos_token_ids": sorted(target.eos_token_ids),
+    }
+
+
+def _stored_bytes(drafter: str) -> int | None:
+    """Size of a drafter's weights on disk; None if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = "model.safetensors"
+    if drafter in ("none", "lookup"):
+        return None
+    file = Path(drafter) / name if Path(drafter).is_dir() else try_to_load_from_cache(drafter, name)
+    return Path(file).stat().st_size if isinstance(file, (str, Path)) else None
+
+
+def _misfit(drafter: Drafter, target: Target) -> str | None:
+    """Why a drafter refuses a target; None if it does not."""
+    try:
+        drafter.session(target, slots=1, capacity=1)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Option("--config", "-c", help="Recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="Over the recipe.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the whole recipe as it would run, and leave.")
+    ] = False,
+    resume_from: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Go on from a checkpoint.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a drafter as a recipe says."""
+    from speculens import training
+    from speculens.show import Screen
+
+    _hush()
+    plan = training.load_recipe(recipe, overrides or [])
+    if dry_run:
+        if json:
+            _print_json(plan.to_dict())
+        else:
+            typer.echo(plan.to_yaml(), nl=False)
+        return
+    screen = Screen(quiet=json)
+    made = training.train(plan, resume_from=resume_from, on_event=_print_json if json else screen.event)
+    screen.say(f"The drafter is in {made}.")
+    if json:
+        _print_json({"event": "drafter", "path": str(made), "versions": _versions()})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo-output/index.html"),
+    family: Annotated[Family, typer.Option(help="Which of the shipped targets.")] = Family.all,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, for each picture.")] = 256,
+    testbed: Annotated[Path | None, typer.Option(help="Folder of the shipped models and pictures.")] = None,
+    json: Json = False,
+) -> None:
+    """Describe a shipped picture with and without a drafter, side by side."""
+    from speculens import demo as shipped
+    from speculens import page
+    from speculens.show import Screen
+
+    _hush()
+    screen = Screen(quiet=json)
+    families = shipped.FAMILIES if family is Family.all else (family.value,)
+    folder = shipped.find_testbed(testbed, families)
+    screen.legend()
+    outcomes = [shipped.run(folder, name, max_new_tokens, screen) for name in families]
+    _write(out, page.render("Speculens demo", shipped.LEAD, [outcome.section() for outcome in outcomes]))
+    screen.say(f"\nThe page with pictures and coloured text: {out}")
+    if json:
+        _print_json(
+            {"families": [outcome.to_dict() for outcome in outcomes], "page": str(out), "versions": _versions()}
+        )
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    typer.echo(jsons.dumps(values))
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata  # it reads slowly, for a module that --help must wait for
+
+    return {name: metadata.version(name) for name in ("speculens", "torch", "transformers")}
+
+
+def _hush() -> None:
+    """Neither loading bars nor advice from the libraries below; downloads keep their bar on a terminal."""
+    import huggingface_hub.utils
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Folders that are written whole or not at all, and the state from which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim import Optimizer
+
+from speculens.checkpoints import save_drafter
+from speculens.drafters import TrainedDrafter
+from speculens.errors import UserError
+
+PREFIX = "checkpoint-"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    step      updates done
+    position  passes done, which is also the number of the next batch
+    rows      conversations seen
+    seconds   spent, all sessions of the run together
+    best      largest acceptance length measured so far
+    """
+
+    step: int = 0
+    position: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    best: float = 0.0
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `folder` once all of it is on disk. Failing leaves `folder` as it was."""
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} could not be written ({_line(error)}; {_free(folder.parent)} free there). Earlier checkpoints "
+            "are intact: make room and go on with --resume-from latest."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(
+    output: Path,
+    drafter: TrainedDrafter,
+    optimizer: Optimizer,
+    progress: Progress,
+    recipe: Mapping[str, Any],
+    card: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoint-STEP`, itself a drafter folder, and delete all but the `keep` newest."""
+    folder = output / f"{PREFIX}{progress.step}"
+    with whole(folder) as partial:
+        save_drafter(drafter, partial, card)
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save(_rng(), partial / "rng.pt")
+        state = {"progress": asdict(progress), "recipe": dict(recipe)}
+        (partial / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load(folder: Path, drafter: nn.Module, optimizer: Optimizer) -> tuple[Progress, dict[str, Any]]:
+    """Put a saved state back in place; returns the progress and the recipe it was made with."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        device = next(drafter.parameters()).device
+        drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        _set_rng(torch.load(folder / "rng.pt", weights_only=True))
+        return Progress(**state["progress"]), state["recipe"]
+    except Exception as error:  # reading broken files raises nearly anything
+        raise UserError(f"{folder} is no checkpoint that this run can go on from: {_line(error)}.") from error
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Those of a run, oldest first."""
+    found = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def find(output: Path, resume_from: str | Path) -> Path:
+    """The folder that `--resume-from` means: `latest` is the newest of this run."""
+    if str(resume_from) != "latest":
+        return Path(resume_from)
+    found = checkpoints(output)
+    if not found:
+        raise UserError(f"{output} holds no checkpoint to resume from.")
+    return found[-1]
+
+
+def _rng() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

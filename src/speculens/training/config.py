@@ -1,0 +1,276 @@
+"""The recipe of a training run: every number that decides its outcome, from one YAML file and `section.key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from speculens.drafters import METHODS
+from speculens.errors import UserError
+from speculens.tree import TreeShape
+
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("mixed", "bfloat16", "float32", "float64")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DrafterRecipe:
+    """The drafter to make. What is not said here (heads, head width, biases, RoPE base) is the target's own.
+
+    method             a name from `speculens.drafters.METHODS`
+    intermediate_size  width of its MLP; None takes the target's
+    input_norm         RMSNorm before its attention
+    tree               the tree that it will draft, also in the measurements during training
+    options            what only this method knows
+    """
+
+    method: str
+    intermediate_size: int | None = None
+    input_norm: bool = True
+    tree: TreeShape = field(default_factory=TreeShape)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("drafter.method", self.method, sorted(METHODS))
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Conversations to learn from: JSON lines in the forms of `Conversation.from_row`.
+
+    train       files
+    val         a file of conversations whose answers are decoded to measure acceptance; None measures nothing
+    image_root  where relative picture paths start; None is the folder of the file that names them
+    max_length  rows (text and picture) of one conversation; a longer one is cut, or refused if a picture would be cut
+    """
+
+    train: tuple[str, ...] = ()
+    val: str | None = None
+    image_root: str | None = None
+    max_length: int = 2048
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of the named loss terms (`losses.py` has the formulas); 0 leaves a term out.
+
+    top  how many of the target's likeliest tokens `topk_ce` and `list_mle` look at
+    """
+
+    smooth_l1: float = 1.0
+    soft_ce: float = 0.1
+    topk_ce: float = 0.0
+    list_mle: float = 0.0
+    prob_l1: float = 0.0
+    top: int = 10
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms in use."""
+        named = {key: value for key, value in dataclasses.asdict(self).items() if key != "top"}
+        return {name: weight for name, weight in named.items() if weight}
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW.
+
+    clip      largest norm of the gradient; None never clips
+    warmup    updates over which the rate rises to `lr`
+    schedule  constant | linear | cosine: how it falls to 0 over the run
+    """
+
+    lr: float = 8e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float | None = 0.5
+    warmup: int = 0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        _one_of("optimiser.schedule", self.schedule, SCHEDULES)
+        if self.lr <= 0:
+            raise UserError(f"optimiser.lr must be above 0, not {self.lr}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    target        folder or hub id of the frozen model
+    output        folder for log, checkpoints and the drafter
+    batch_size    conversations in one pass, per process
+    accumulation  passes per update
+    steps, epochs, minutes  exactly one: updates, passes over the data, or wall-clock time (measurements included)
+    dtype         of the drafter: mixed (float32 weights, arithmetic in the target's dtype, as in decoding) | bfloat16 |
+                  float32 | float64 (both)
+    target_dtype  as `load_target` takes it
+    chunk         answer positions whose logits over the vocabulary are held at a time
+    compile       torch.compile the drafter; each new length of batch costs time at first
+    workers       processes that prepare batches; 0 prepares them in this one
+    log_every     updates between lines of the log
+    save_every    updates between checkpoints; None saves one at the end
+    keep          checkpoints kept
+    eval_every    updates between measurements of acceptance; None measures at the end alone
+    eval_prompts  conversations of `data.val` that are decoded, all at once
+    eval_tokens   tokens decoded of each
+    """
+
+    target: str
+    drafter: DrafterRecipe
+    output: str
+    data: DataRecipe = field(default_factory=DataRecipe)
+    objective: Objective = field(default_factory=Objective)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    batch_size: int = 16
+    accumulation: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    dtype: str = "mixed"
+    target_dtype: str = "auto"
+    seed: int = 0
+    chunk: int = 1024
+    compile: bool = False
+    workers: int = 4
+    log_every: int = 10
+    save_every: int | None = 1000
+    keep: int = 2
+    eval_every: int | None = 1000
+    eval_prompts: int = 16
+    eval_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            raise UserError(f"Say exactly one of steps, epochs and minutes; the recipe says {said}.")
+        if not self.objective.weights:
+            raise UserError("Every weight of the objective is 0: there is nothing to learn.")
+        for name in (*given, "batch_size", "accumulation", "chunk", "log_every", "save_every", "keep", "eval_every"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value, defaults included, in plain JSON types: what `--dry-run` prints."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        """`to_dict` as a recipe file that gives this recipe again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and lay `section.key=value` over it, values in YAML. Raises UserError on any mistake."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    for override in overrides:
+        values = _override(values, override)
+    return read_recipe(values)
+
+
+def read_recipe(values: Any) -> Recipe:
+    """A recipe from plain values; raises UserError on unknown keys, wrong types and missing values."""
+    return _section(Recipe, values, "")
+
+
+def _override(values: Any, override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"An override is written section.key=value; {override!r} is not.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"The value in {override!r} is not valid YAML.") from None
+    return _laid(values, key.split("."), value)
+
+
+def _laid(values: Any, path: list[str], value: Any) -> dict[str, Any]:
+    values = dict(values) if isinstance(values, Mapping) else {}
+    first, *rest = path
+    values[first] = _laid(values.get(first), rest, value) if rest else value
+    return values
+
+
+def _section(cls: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where.rstrip('.') or 'The recipe'} must be a section of keys and values, not {values!r}.")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise UserError(f"The recipe has an unknown key {where}{key}; did you mean {where}{near[0]}?")
+    missing = [
+        f"{where}{name}"
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"The recipe lacks {', '.join(missing)}.")
+    return cls(**{key: _value(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911 - one line a type
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(a for a in arguments if a is not types.NoneType)
+        return None if value is None else _value(inner, value, where)
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if origin is tuple:
+        return _tuple(arguments, value, where)
+    if hint is float:
+        return _float(value, where)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    raise UserError(f"{where} must be {_name(hint)}, not {value!r}.")
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    many = arguments[-1] is Ellipsis
+    values = value if isinstance(value, (list, tuple)) else [value]  # one file may stand without brackets
+    if not many and len(values) != len(arguments):
+        raise UserError(f"{where} must be {len(arguments)} values, not {value!r}.")
+    kinds = [arguments[0]] * len(values) if many else arguments
+    return tuple(_value(kind, one, where) for kind, one in zip(kinds, values, strict=True))
+
+
+def _float(value: Any, where: str) -> float:
+    """A number; YAML 1.1 reads `1e-3` as text, people do not."""
+    if not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise UserError(f"{where} must be a number, not {value!r}.")
+
+
+def _one_of(where: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"{where} {value!r} is unknown; did you mean {near}? Known: {', '.join(known)}.")
+
+
+def _name(hint: Any) -> str:
+    return {int: "a whole number", bool: "true or false", str: "a text"}.get(hint, "a section of keys and values")

@@ -1,0 +1,103 @@
+"""The drafter as a student of the target: how it is made, what it reads, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from speculens.drafters import METHODS, DrafterConfig, TrainedDrafter
+from speculens.features import Features
+from speculens.targets.base import Target
+from speculens.training.batches import Batch
+from speculens.training.config import DrafterRecipe
+
+
+def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
+    """A fresh drafter whose layer is of the target's own kind: heads, head width, biases, RoPE base, norm epsilon."""
+    kind, text = METHODS[recipe.method], target.text_config
+    heads = text.num_attention_heads
+    queries = getattr(target.decoder.layers[0].self_attn, "q_proj", None)
+    config = DrafterConfig(
+        speculator_type=recipe.method,
+        target_hidden_size=target.hidden_size,
+        target_vocab_size=target.vocab_size,
+        target_family=target.family,
+        intermediate_size=recipe.intermediate_size or text.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
+        image_contract=kind.image_contract,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(text),
+        qkv_bias=getattr(queries, "bias", None) is not None,
+        input_norm=recipe.input_norm,
+        tree=recipe.tree,
+        options=recipe.options,
+    )
+    return kind(config)
+
+
+def _rope_theta(text: Any) -> float:
+    """The RoPE base; where layers differ in it, that of full attention."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    return float(rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
+
+
+class _Reader(nn.Module):
+    """View and layer in one forward."""
+
+    def __init__(self, drafter: TrainedDrafter) -> None:
+        super().__init__()
+        self.drafter = drafter
+
+    def forward(self, features: Features, next_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.drafter.rows(features, next_embeds)
+        return self.drafter(rows.inputs, rows.positions), rows.source
+
+
+class Student(nn.Module):
+    """What data parallelism wraps: the drafter over whole sequences. Embedding and head stay the target's.
+
+    dtype  of its arithmetic. Weights may be wider: then each pass rounds them as decoding will, and the optimiser keeps
+           what rounding would lose. What comes in from the target is cast to it.
+    """
+
+    def __init__(self, drafter: TrainedDrafter, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.reader, self.dtype = _Reader(drafter), dtype
+
+    def forward(self, features: Features, next_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted features (B, m, H), and which slot each of the m rows stands for, (B, m) long, -1 at padding."""
+        features = replace(features, hidden=features.hidden.to(self.dtype), embeds=features.embeds.to(self.dtype))
+        weights = {name: weight.to(self.dtype) for name, weight in self.reader.named_parameters()}
+        return functional_call(self.reader, weights, (features, next_embeds.to(self.dtype)))
+
+
+def distil(student: Callable[..., Any], target: Target, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One pass of target and student: predicted and true features (P, H) of the positions that train."""
+    features = target.teach(batch.inputs, batch.image)
+    known = Features(
+        tokens=features.tokens[:, :-1],
+        hidden=features.hidden[:, :-1],
+        embeds=features.embeds[:, :-1],
+        positions=features.positions[:, :-1],
+        image=features.image[:, :-1],
+        lengths=features.lengths - 1,
+    )
+    predicted, source = student(known, features.embeds[:, 1:])
+    row, slot = batch.slots
+    return predicted[row, _place(source, known.tokens.shape[1])[row, slot]], features.hidden[row, slot + 1]
+
+
+def _place(source: Tensor, slots: int) -> Tensor:
+    """(B, slots) long: the row that stands for each slot, the inverse of `source` (B, m)."""
+    batch, rows = source.shape
+    place = torch.zeros(batch, slots + 1, dtype=torch.long, device=source.device)  # the last column swallows padding
+    index = torch.where(source < 0, slots, source)
+    return place.scatter_(1, index, torch.arange(rows, device=source.device).expand(batch, -1))[:, :slots]

@@ -1,0 +1,89 @@
+"""Train a drafter for each testbed target side by side, one GPU each, inside one deadline.
+
+    python -m testbed.train_drafters --weights DIR --data DIR --out DIR --minutes 2.2 [section.key=value ...]
+
+--weights holds the targets (llava/, qwen2_5_vl/), --data one data set for each (the same names, made by
+`testbed.make_data`). Each run is `speculens train -c recipes/testbed/METHOD.yaml`; OUT/FAMILY-METHOD gets the drafter
+and OUT/FAMILY-METHOD.log what the run said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from testbed import models
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE = 45.0  # seconds for loading, the measurement at the end and the last save
+
+
+def start(family: str, gpu: int, options: argparse.Namespace, overrides: list[str]) -> subprocess.Popen[bytes]:
+    """One run in its own process group."""
+    command = [sys.executable, "-m", "speculens.cli", "train", "-c", str(ROOT / f"recipes/testbed/{options.method}.yaml")]
+    command += [
+        f"target={options.weights / family}",
+        f"output={options.scratch / family}",
+        f"data.train=[{options.data / family / 'data.jsonl'}]",
+        f"data.val={ROOT / 'testbed/heldout/charts.jsonl'}",
+        f"minutes={options.minutes}",
+        *overrides,
+    ]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with (options.out / f"{family}-{options.method}.log").open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/drafters"), help="checkpoints and full logs")
+    parser.add_argument("--method", default="eaglevlm")
+    parser.add_argument("--minutes", type=float, default=2.2)
+    parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))
+    parser.add_argument("--gpus", type=int, default=2)
+    options, overrides = parser.parse_known_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.scratch, ignore_errors=True)
+    deadline = time.monotonic() + options.minutes * 60 + GRACE
+    running = {
+        family: start(family, number % max(options.gpus, 1), options, overrides)
+        for number, family in enumerate(options.families)
+    }
+    codes = {family: _wait(process, deadline) for family, process in running.items()}
+    for family, code in codes.items():
+        name = f"{family}-{options.method}"
+        print(f"{name}: exit {code}\n" + "\n".join((options.out / f"{name}.log").read_text().splitlines()[-4:]))
+        made = next((folder for part in ("best", "last") if (folder := options.scratch / family / part).is_dir()), None)
+        if made:
+            shutil.copytree(made, options.out / name, dirs_exist_ok=True)
+            shutil.copy(options.scratch / family / "log.jsonl", options.out / f"{name}.jsonl")
+    sys.exit(max(codes.values()))
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> int:
+    try:
+        return process.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait() or 124
+
+
+if __name__ == "__main__":
+    main()

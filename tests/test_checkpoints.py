@@ -1,0 +1,175 @@
+"""Drafters and targets on disk: what is written comes back, and what is broken is refused in one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from oracle import CAPACITY, Ask, compare, oracle, prompt, random_eagle, reference
+from speculens.checkpoints import load_drafter, read_config, save_drafter
+from speculens.drafters import DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
+from speculens.engine import Engine
+from speculens.errors import UserError
+from speculens.sampling import Sampling
+from speculens.targets import load_target
+
+# Drafters
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_drafter(random_eagle("llava"), tmp_path / "drafter", {"target": "tiny llava", "acceptance": 3.2})
+
+
+def test_a_saved_drafter_comes_back(folder):
+    saved, loaded = random_eagle("llava"), load_drafter(folder, dtype=torch.float64)
+    assert isinstance(loaded, EagleDrafter)
+    assert loaded.config == saved.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_nothing_of_the_target_is_stored(folder):
+    """Embedding and head are borrowed."""
+    names = set(load_file(folder / "model.safetensors"))
+    assert names == set(random_eagle("llava").state_dict())
+    assert not any("embed" in name or "head" in name for name in names)
+
+
+def test_the_card_says_what_it_is_for(folder):
+    card = (folder / "README.md").read_text()
+    assert all(word in card for word in ("eaglevlm", "llava", "64", "401", "tiny llava", "3.2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_drafter_is_loaded_in_the_dtype_of_its_target(folder, dtype):
+    assert {p.dtype for p in load_drafter(folder, dtype=dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("none", NoDrafter), ("lookup", LookupDrafter)])
+def test_drafters_without_weights_go_by_name(name, kind):
+    assert isinstance(load_drafter(name), kind)
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def cut(path, keep=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config cut off": (lambda f: cut(f / "config.json"), "config.json"),
+    "config of another thing": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "speculator_type"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1, 2]"), "config.json"),
+    "config is a number": (lambda f: (f / "config.json").write_text("7"), "config.json"),
+    "unknown key": (lambda f: edit(f, lambda c: c.update(colour=1)), "colour"),
+    "unknown tree key": (lambda f: edit(f, lambda c: c["tree"].update(leaves=1)), "leaves"),
+    "tree is a number": (lambda f: edit(f, lambda c: c.update(tree=7)), "tree"),
+    "impossible tree": (lambda f: edit(f, lambda c: c["tree"].update(topk=0)), "topk"),
+    "missing key": (lambda f: edit(f, lambda c: c.pop("head_dim")), "head_dim"),
+    "unknown method": (lambda f: edit(f, lambda c: c.update(speculator_type="psychic")), "psychic"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "weights cut off": (lambda f: cut(f / "model.safetensors"), "model.safetensors"),
+    "empty weights": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors"),
+    "a weight missing": (lambda f: edit_weights(f, lambda s: s.pop("fc.bias")), "fc.bias"),
+    "a weight too many": (lambda f: edit_weights(f, lambda s: s.update(extra=torch.ones(2))), "extra"),
+    "a weight of another shape": (lambda f: edit_weights(f, lambda s: s.update({"fc.bias": torch.ones(3)})), "fc.bias"),
+    "not a number": (lambda f: edit_weights(f, lambda s: s["fc.bias"].fill_(float("nan"))), "fc.bias"),
+    "infinite": (lambda f: edit_weights(f, lambda s: s["fc.bias"].fill_(float("inf"))), "fc.bias"),
+}
+
+
+@pytest.mark.parametrize("way", BROKEN)
+def test_a_broken_drafter_is_refused_in_one_sentence_that_names_the_fault(folder, way):
+    spoil, word = BROKEN[way]
+    spoil(folder)
+    with pytest.raises(UserError, match=word) as error:
+        load_drafter(folder)
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere"])
+def test_a_drafter_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(UserError, match=name):
+        load_drafter(name)
+
+
+def test_a_config_survives_its_own_dictionary():
+    config = random_eagle("llava").config
+    assert DrafterConfig.from_dict(config.to_dict()) == config
+    assert DrafterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_is_read_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert read_config(folder).target_family == "llava"
+
+
+# Targets
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny.save("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"])
+def test_a_target_from_disk_decodes_as_hugging_face_does(family, tmp_path):
+    """`load_target` also swaps the attention over the tree: keys and values are not copied for each query head."""
+    loaded = load_target(str(tiny.save(family, tmp_path)), dtype=torch.float64)
+    sampling = Sampling(max_new_tokens=24)
+    asks = [Ask(), Ask(images=2, seed=1), Ask(seed=2)]
+    engine = Engine(loaded, oracle(family, asks, [sampling] * 3), slots=2, capacity=CAPACITY)
+    for ask, got in zip(asks, engine.generate_all([prompt(family, ask) for ask in asks], sampling), strict=True):
+        compare(got.tokens, reference(family, ask, sampling), f"{family}, {ask}")
+        assert got.stats.mean_acceptance_length > 1.5
+
+
+def test_a_target_whose_weights_are_not_finite_is_refused(saved, tmp_path):
+    state = load_file(saved / "model.safetensors")
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        load_target(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors|could not be loaded"),
+        (lambda f: cut(f / "config.json"), "config"),
+    ],
+)
+def test_a_broken_target_is_refused_in_one_sentence(saved, tmp_path, spoil, word):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=word) as error:
+        load_target(str(tmp_path))
+    assert "\n" not in str(error.value).strip()
+
+
+def test_a_target_that_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_target(str(tmp_path / "nowhere"))
