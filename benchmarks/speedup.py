@@ -1,11 +1,11 @@
-"""Speedup of drafters over plain decoding with the same engine: alternating pairs, medians, exactness in the same run.
+r"""Speedup of drafters over plain decoding with the same engine: alternating pairs, medians, exactness in the same run.
 
-    python benchmarks/speedup.py --target testbed/weights/llava --drafter testbed/weights/llava-eaglevlm lookup \\
+    python benchmarks/speedup.py --target testbed/weights/llava --drafter testbed/weights/llava-eaglevlm lookup \
         --prompts testbed/heldout/charts.jsonl testbed/heldout/openstax.jsonl --limit 40
 
 Every prompt is decoded by `none` and by each drafter in turn, the order turning round from prompt to prompt. What
 bounds the figure: a step costs one drafter pass per tree level and one target pass over all nodes, so the speedup is
-the acceptance length times the cost of a plain step over the cost of a drafted one. Prints a table; the last line is JSON.
+the acceptance length times the cost of a plain step over that of a drafted one. Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="prompts, taken from the files in turn")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--tree", type=int, nargs=3, metavar=("STEPS", "TOPK", "NODES"), help="instead of the drafters' own")
+    parser.add_argument(
+        "--tree", type=int, nargs=3, metavar=("STEPS", "TOPK", "NODES"), help="instead of the drafters' own"
+    )
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -100,12 +102,16 @@ def _row(line: dict[str, Any]) -> str:
         f"{Path(line['drafter']).name:28s} exact {line['exact']:.3f}  speedup {line['walltime_speedup']:.2f} (decode "
         f"{line['decode_speedup']:.2f}; median {line['median_speedup']:.2f}, quartiles {low:.2f}-{high:.2f})  "
         f"length {stats['mean_acceptance_length']:.2f} / {stats['mean_accepted_tokens']:.2f}  "
-        f"{line['tokens_per_second']:.1f} tokens/s  " + " ".join(f"{part} {ms:.1f}" for part, ms in parts.items()) + " ms"
+        f"{line['tokens_per_second']:.1f} tokens/s  "
+        + " ".join(f"{part} {ms:.1f}" for part, ms in parts.items())
+        + " ms"
     )
 
 
 def _setting(given: argparse.Namespace, target: Target, prompts: int) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if target.device.type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name() if target.device.type == "cuda" else platform.processor() or platform.machine()
+    )
     return {
         "target": Path(given.target).name,
         "prompts": prompts,

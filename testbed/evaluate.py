@@ -1,8 +1,9 @@
 """How exactly a checkpoint reads charts it has never seen: `python -m testbed.evaluate --checkpoint DIR --count 200`.
 
 Loads the checkpoint as any user would, answers greedily, and prints one JSON object:
-`exact` (share of answers with every fact right), `facts` (share of facts right), the same per kind of chart, and the
-lengths of the answers in tokens.
+`exact` (share of answers with every fact right), `facts` (share of facts right), `values` (the same, but a number in
+the right place counts even if the name of its column is misread), all of them per kind of chart, and the lengths of
+the answers in tokens.
 """
 
 import argparse
@@ -10,12 +11,21 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from testbed import draw, grammar, models
+
+
+class Score(NamedTuple):
+    """One answer: facts read by name, values in their place, and how many there are."""
+
+    facts: int
+    values: int
+    total: int
+
 
 HELD_OUT = 1  # the seed of held-out charts; training uses 0
 
@@ -28,7 +38,7 @@ def evaluate(
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model, made = models.load(folder, dtype).to(device), models.load_processor(folder)
     sizes = ((models.SIDE, models.SIDE),) if model.config.model_type == models.LLAVA.name else draw.SIZES
-    scores: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    scores: dict[str, list[Score]] = defaultdict(list)
     lengths, pace = [], 0.0
     for start in range(0, count, batch):
         at = time.monotonic()
@@ -38,13 +48,14 @@ def evaluate(
             draw.sample(HELD_OUT, index, sizes[index % len(sizes)]) for index in range(start, min(start + batch, count))
         ]
         for one, (answer, length) in zip(samples, answers(model, made, samples, new_tokens), strict=True):
-            scores[one.kind].append(grammar.reading(one.facts, answer))
+            facts, total = grammar.reading(one.facts, answer)
+            scores[one.kind].append(Score(facts, grammar.values_read(one.facts, answer)[0], total))
             lengths.append(length)
         pace = time.monotonic() - at
-    every = [pair for pairs in scores.values() for pair in pairs]
+    every = [score for some in scores.values() for score in some]
     return {
         **_rates(every),
-        "kinds": {kind: _rates(pairs) for kind, pairs in sorted(scores.items())},
+        "kinds": {kind: _rates(some) for kind, some in sorted(scores.items())},
         "tokens": _spread(lengths),
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -69,13 +80,13 @@ def answers(
     return list(zip(made.tokenizer.batch_decode(made_ids, skip_special_tokens=True), lengths, strict=True))
 
 
-def _rates(pairs: list[tuple[int, int]]) -> dict[str, float]:
-    right, total = (sum(side) for side in zip(*pairs, strict=True)) if pairs else (0, 0)
-    exact = sum(one == of for one, of in pairs)
+def _rates(scores: list[Score]) -> dict[str, float]:
+    total = max(1, sum(score.total for score in scores))
     return {
-        "count": len(pairs),
-        "exact": round(exact / max(1, len(pairs)), 4),
-        "facts": round(right / max(1, total), 4),
+        "count": len(scores),
+        "exact": round(sum(score.facts == score.total for score in scores) / max(1, len(scores)), 4),
+        "facts": round(sum(score.facts for score in scores) / total, 4),
+        "values": round(sum(score.values for score in scores) / total, 4),
     }
 
 

@@ -428,13 +428,45 @@ def reading(facts: Facts, answer: str) -> tuple[int, int]:
     compared word by word with what stands between the label and the next full stop, semicolon or line end, as far as
     the words of `words.SCENE` go. Quoted text (the title) is left out. Rows of a markdown table are read by column.
     """
-    text = re.sub(r'"[^"\n]*"', '""', answer)
+    return len(_named(facts, answer)), len(facts)
+
+
+def _named(facts: Facts, answer: str) -> Facts:
+    """The facts that `reading` counts."""
+    text = _without_title(answer)
     cells = _grid(text)
     labels = {label.partition("|")[0] for label, _ in facts}
+    return tuple(
+        (label, value)
+        for label, value in facts
+        if value == (cells.get(label) if cells else _stated(text, label, value.isdigit(), labels))
+    )
+
+
+def _without_title(answer: str) -> str:
+    return re.sub(r'"[^"\n]*"', '""', answer)
+
+
+def values_read(facts: Facts, answer: str) -> tuple[int, int]:
+    """As `reading`, but a number in its column's place counts even where the name of the column is misread.
+
+    In the place: the k-th number stated between its row's label and the next label.
+    """
+    by_name = set(_named(facts, answer))
+    labels = {label.partition("|")[0] for label, _ in facts}
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    pieces = re.split(rf"\b({names})\b", _without_title(answer))
+    stated: dict[str, list[str]] = {}
+    for label, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        numbers = re.findall(r"\b\d+\b(?!\.\d)", piece)
+        if numbers:
+            stated.setdefault(label, numbers)
+    place: dict[str, int] = {}
     right = 0
     for label, value in facts:
-        found = cells.get(label) if cells else _stated(text, label, value.isdigit(), labels)
-        right += found == value
+        row = label.partition("|")[0]
+        at = place[row] = place.get(row, -1) + 1
+        right += (label, value) in by_name or stated.get(row, [])[at : at + 1] == [value]
     return right, len(facts)
 
 

@@ -46,7 +46,9 @@ def _figure(out: Path, row: packs.Row) -> dict[str, Any]:
     return _row(out, name, row.image(), row.question, row.answer, metadata)
 
 
-def _row(out: Path, name: str, image: Image.Image, question: str, answer: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    out: Path, name: str, image: Image.Image, question: str, answer: str, metadata: dict[str, Any]
+) -> dict[str, Any]:
     path = Path("pictures") / f"{name}.webp"
     image.save(out / path, lossless=metadata["kind"] != "figure", quality=90)
     return conversation(name, path, question, answer, metadata)

@@ -1,6 +1,6 @@
 """Train a drafter for each testbed target side by side, one GPU each, inside one deadline.
 
-    python -m testbed.train_drafters --weights DIR --data DIR --out DIR --minutes 2.2 [section.key=value ...]
+    python -m testbed.train_drafters --weights DIR --data DIR --out DIR --scratch DIR [section.key=value ...]
 
 --weights holds the targets (llava/, qwen2_5_vl/), --data one data set for each (the same names, made by
 `testbed.make_data`). Each run is `speculens train -c recipes/testbed/METHOD.yaml`; OUT/FAMILY-METHOD gets the drafter
@@ -26,7 +26,14 @@ GRACE = 45.0  # seconds for loading, the measurement at the end and the last sav
 
 def start(family: str, gpu: int, options: argparse.Namespace, overrides: list[str]) -> subprocess.Popen[bytes]:
     """One run in its own process group."""
-    command = [sys.executable, "-m", "speculens.cli", "train", "-c", str(ROOT / f"recipes/testbed/{options.method}.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "speculens.cli",
+        "train",
+        "-c",
+        str(ROOT / f"recipes/testbed/{options.method}.yaml"),
+    ]
     command += [
         f"target={options.weights / family}",
         f"output={options.scratch / family}",
@@ -42,7 +49,7 @@ def start(family: str, gpu: int, options: argparse.Namespace, overrides: list[st
         "PYTHONUNBUFFERED": "1",
     }
     with (options.out / f"{family}-{options.method}.log").open("w") as log:
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
@@ -53,7 +60,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/drafters"), help="checkpoints and full logs")
+    parser.add_argument("--scratch", type=Path, required=True, help="checkpoints, emptied first")
     parser.add_argument("--method", default="eaglevlm")
     parser.add_argument("--minutes", type=float, default=2.2)
     parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))
@@ -66,23 +73,29 @@ def main() -> None:
         family: start(family, number % max(options.gpus, 1), options, overrides)
         for number, family in enumerate(options.families)
     }
-    codes = {family: _wait(process, deadline) for family, process in running.items()}
-    for family, code in codes.items():
-        name = f"{family}-{options.method}"
-        print(f"{name}: exit {code}\n" + "\n".join((options.out / f"{name}.log").read_text().splitlines()[-4:]))
-        made = next((folder for part in ("best", "last") if (folder := options.scratch / family / part).is_dir()), None)
-        if made:
-            shutil.copytree(made, options.out / name, dirs_exist_ok=True)
-            shutil.copy(options.scratch / family / "log.jsonl", options.out / f"{name}.jsonl")
-    sys.exit(max(codes.values()))
+    code = 0
+    while running:
+        time.sleep(0.5)
+        for family, process in list(running.items()):
+            if process.poll() is None and time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.poll() is not None:
+                running.pop(family)
+                code = max(code, abs(process.returncode))
+                _deliver(family, options)
+    sys.exit(code)
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> int:
-    try:
-        return process.wait(max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait() or 124
+def _deliver(family: str, options: argparse.Namespace) -> None:
+    """Copy a finished run's drafter and log at once: whoever waits for the other run may be cut off."""
+    name = f"{family}-{options.method}"
+    print(f"{name}\n" + "\n".join((options.out / f"{name}.log").read_text().splitlines()[-4:]), flush=True)
+    run = options.scratch / family
+    made = next((folder for part in ("best", "last") if (folder := run / part).is_dir()), None)
+    if made:
+        shutil.copytree(made, options.out / name, dirs_exist_ok=True)
+        shutil.copy(run / "log.jsonl", options.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -115,3 +115,17 @@ def test_data_sets_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> Non
         assert image.tobytes() == made.image.tobytes()
     assert (question["text"], rows[2]["messages"][1]["content"]) == (made.question, made.answer)
     assert rows[2]["metadata"] == {"kind": made.kind, "task": made.task, "facts": [list(fact) for fact in made.facts]}
+
+
+def test_a_value_counts_in_its_place_even_under_a_misread_column_name() -> None:
+    facts = (("Juice|Units", "92"), ("Juice|Stock", "85"), ("Tea|Units", "17"), ("Tea|Stock", "58"))
+    answer = "From top to bottom: Juice: Units 92, Score 85. Tea: Units 17, Score 53."
+    assert grammar.reading(facts, answer) == (2, 4)
+    assert grammar.values_read(facts, answer) == (3, 4)
+
+
+@pytest.mark.parametrize("size", draw.SIZES)
+def test_every_value_of_the_true_answer_counts(size: tuple[int, int]) -> None:
+    for index in range(40):
+        made = draw.sample(3, index, size)
+        assert grammar.values_read(made.facts, made.answer) == (len(made.facts), len(made.facts))

@@ -43,11 +43,14 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
         if generation_config is None:
             raise UserError("Call this through model.generate(custom_generate=...), which prepares its arguments.")
         if len(input_ids) != 1:
-            raise UserError(f"Tree decoding through generate takes one sequence, not {len(input_ids)}: use Engine for batches.")
+            raise UserError(
+                f"Tree decoding through generate takes one sequence, not {len(input_ids)}: use Engine for batches."
+            )
         if generation_config.return_dict_in_generate:
             raise UserError("Tree decoding through generate returns token ids only: leave return_dict_in_generate off.")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
-        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        prepare: Any = model.prepare_inputs_for_generation
+        inputs = prepare(input_ids, is_first_iteration=True, **model_kwargs)
         ours = ("past_key_values", "use_cache", "logits_to_keep")
         inputs = {k: v for k, v in inputs.items() if v is not None and k not in ours}
         prompt = Prompt(input_ids[0].cpu(), inputs, (input_ids[0] == model.config.image_token_id).cpu())
@@ -67,7 +70,7 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
                 ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
                 if stream_to is not None:
                     stream_to.put(ids[0, -1:].cpu())
-                if stopping_criteria is not None and bool(stopping_criteria(ids, None).all()):  # type: ignore[arg-type]
+                if stopping_criteria is not None and bool(stopping_criteria(ids, None).all()):
                     return _ended(ids, stream_to)
         return _ended(ids, stream_to)
 

@@ -90,7 +90,7 @@ class SlotCache:
             raise
 
     def aim(self, rows: range, width: int, start: int = 0) -> None:
-        """Let the next writes go to columns `length + start` .. `+ width` of these rows, and reads return all before."""
+        """Let the next writes go to columns `length + start` .. `+ width` of these rows; reads see all before."""
         self._rows = rows
         self._columns = self.seen + start + width
         if self._columns > self.capacity:
@@ -101,7 +101,7 @@ class SlotCache:
         self._index = (base[:, None] + torch.arange(width, device=base.device)).flatten()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, heads, n, head_dim) keys and values of the aimed rows; return views (B, heads, columns, head_dim)."""
+        """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
         return self._put(layer, 0, keys), self._put(layer, 1, values)
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
@@ -153,7 +153,8 @@ class SlotCache:
     def _put(self, layer: int, which: int, states: Tensor) -> Tensor:
         if states.shape[1] != self.heads or states.shape[3] != self.head_dim:
             raise RuntimeError(
-                f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, the cache {self.heads} of {self.head_dim}"
+                f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, "
+                f"the cache {self.heads} of {self.head_dim}"
             )
         device, first = self._place[layer]
         flat = self._blocks[device][first + which]
@@ -175,7 +176,9 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Everything is allocated already."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         return self._cache.write(self._layer, key_states, value_states)
 
     def get_seq_length(self) -> int:

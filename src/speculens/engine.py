@@ -139,7 +139,7 @@ class Engine:
             samplings = [samplings or Sampling()] * len(requests)
         waiting = deque(enumerate(zip(requests, samplings, strict=True)))
         numbers: dict[Slot, int] = {}
-        report = on_step or (lambda number, step: None)
+        report = on_step or (lambda *_: None)
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self.slots:
@@ -207,7 +207,7 @@ class Engine:
             emitted, text = self._emit(slot, chosen[:count])
             accepted = min(len(emitted), count - 1)
             slot.stats.add_pass(len(emitted), accepted, int(tree.size) - 1)
-            steps.append(Step(slot, emitted, text, accepted, _one(tree, row)))
+            steps.append(Step(slot, emitted, text, accepted, tree.rows(slice(row, row + 1))))
         if any(slot.finish_reason is None for slot in slots):
             with self._clock("observe", slots):
                 along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -285,9 +285,3 @@ class Engine:
         share = (time.perf_counter() - start) / len(slots)
         for slot in slots:
             slot.stats.add_seconds(part, share)
-
-
-def _one(tree: DraftTree, row: int) -> DraftTree:
-    """The tree of one slot, as views."""
-    parts = (tree.tokens, tree.parents, tree.depth, tree.live, tree.ancestors)
-    return DraftTree(*(part[row : row + 1] for part in parts), tree.levels)

@@ -74,7 +74,10 @@ class Sampling:
                 (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
                 (not 0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
                 (not self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}"),
-                (self.no_repeat_ngram_size < 0, f"no_repeat_ngram_size must be 0 or more, not {self.no_repeat_ngram_size}"),
+                (
+                    self.no_repeat_ngram_size < 0,
+                    f"no_repeat_ngram_size must be 0 or more, not {self.no_repeat_ngram_size}",
+                ),
                 (self.max_new_tokens < 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
                 (not -(1 << 63) <= self.seed < 1 << 63, f"seed must fit in 64 bits, signed, not {self.seed}"),
                 (isinstance(self.stop, str), "stop must be several strings, not one: write (text,)"),
@@ -82,9 +85,11 @@ class Sampling:
             )
             if bad
         ]
-        for processor in self.processors:
-            if STATEFUL_PROCESSORS.intersection(kind.__name__ for kind in type(processor).__mro__):
-                wrong.append(f"{type(processor).__name__} keeps state between calls and cannot be applied to a tree")
+        wrong += [
+            f"{type(processor).__name__} keeps state between calls and cannot be applied to a tree"
+            for processor in self.processors
+            if STATEFUL_PROCESSORS.intersection(kind.__name__ for kind in type(processor).__mro__)
+        ]
         if wrong:
             raise UserError(f"{'; '.join(wrong)}.")
 
@@ -131,7 +136,7 @@ def choose(
         scores = torch.empty_like(logits)
         for law, slots in laws.items():
             rows = torch.tensor(slots, device=logits.device)
-            scores[rows] = process(logits[rows], law, _rows(tree, rows), [history[slot] for slot in slots])
+            scores[rows] = process(logits[rows], law, tree.rows(rows), [history[slot] for slot in slots])
     if all(sampling.temperature == 0 for sampling in samplings):
         return scores.argmax(-1)
     seeds = torch.tensor([sampling.seed for sampling in samplings], device=logits.device)
@@ -149,7 +154,7 @@ def process(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequen
     if sampling.needs_history:
         tokens, lengths = node_histories(tree, history)
         if sampling.repetition_penalty != 1.0:
-            logits = _repetition_penalty(logits, tokens, lengths, sampling.repetition_penalty)
+            logits = _repetition_penalty(logits, tokens, sampling.repetition_penalty)
         if sampling.no_repeat_ngram_size:
             logits = _forbid_repeats(logits, tokens, lengths, sampling.no_repeat_ngram_size)
         if sampling.processors:
@@ -158,7 +163,7 @@ def process(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequen
         return logits
     scores = logits.reshape(batch * nodes, vocab)
     for warper in _warpers(sampling):
-        scores = warper(None, scores)  # type: ignore[arg-type]  # none of these reads the ids
+        scores = warper(None, scores)  # none of these reads the ids
     return scores.view(batch, nodes, vocab)
 
 
@@ -222,14 +227,16 @@ def node_histories(tree: DraftTree, history: Sequence[Sequence[int]]) -> tuple[T
     for slot, past in enumerate(history):
         rows[slot, : len(past)] = torch.as_tensor(past, device=device)
     tokens = rows[:, None].repeat(1, tree.size, 1)
-    line_tokens = tree.tokens[:, None].expand(-1, tree.size, -1).gather(2, lines.clamp(min=0)).masked_fill(lines < 0, -1)
+    line_tokens = (
+        tree.tokens[:, None].expand(-1, tree.size, -1).gather(2, lines.clamp(min=0)).masked_fill(lines < 0, -1)
+    )
     column = committed[:, None, None] + torch.arange(lines.shape[2], device=device)
     tokens.scatter_(2, column.expand_as(lines), line_tokens)
     return tokens, committed[:, None] + tree.depth + 1
 
 
-def _repetition_penalty(logits: Tensor, tokens: Tensor, lengths: Tensor, penalty: float) -> Tensor:
-    """Hugging Face's own penalty; it counts each token once, so padding with a token of the same history is harmless."""
+def _repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
+    """Hugging Face's own penalty. It counts each token once, so padding with a token of the history is harmless."""
     ids = torch.where(tokens < 0, tokens[..., :1], tokens)
     scores = RepetitionPenaltyLogitsProcessor(penalty)(ids.flatten(0, 1), logits.flatten(0, 1))
     return scores.view_as(logits)
@@ -257,9 +264,3 @@ def _node_by_node(logits: Tensor, tokens: Tensor, lengths: Tensor, processors: S
             for processor in processors:
                 scores[slot, node] = processor(ids, scores[slot, node][None])[0]
     return scores
-
-
-def _rows(tree: DraftTree, rows: Tensor) -> DraftTree:
-    return DraftTree(
-        tree.tokens[rows], tree.parents[rows], tree.depth[rows], tree.live[rows], tree.ancestors[rows], tree.levels
-    )

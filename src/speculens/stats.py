@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -75,7 +76,7 @@ class Stats:
     def acceptance_histogram(self) -> list[int]:
         """Passes that kept exactly 0, 1, 2, ... drafted tokens."""
         at_least = [self.num_drafts, *self.accepted_at, 0]
-        return [more - less for more, less in zip(at_least, at_least[1:], strict=False)]
+        return [more - less for more, less in pairwise(at_least)]
 
     @property
     def draft_time_fraction(self) -> float:

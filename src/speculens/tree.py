@@ -95,6 +95,12 @@ class DraftTree:
         """Nodes per slot, the root and padding included."""
         return self.tokens.shape[1]
 
+    def rows(self, which: Tensor | slice) -> DraftTree:
+        """The trees of some of the slots."""
+        parts = (self.tokens, self.parents, self.depth, self.live, self.ancestors)
+        tokens, parents, depth, live, ancestors = (part[which] for part in parts)
+        return DraftTree(tokens, parents, depth, live, ancestors, self.levels)
+
     def follow(self, want: Tensor) -> tuple[Tensor, Tensor]:
         """Walk each slot's tree from the root along the target's wants.
 

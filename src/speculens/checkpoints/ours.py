@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +45,9 @@ def load_drafter(
     folder = _folder(str(name))
     config = read_config(folder)
     if config.speculator_type not in METHODS:
-        raise UserError(f"{name} is a '{config.speculator_type}' drafter; known methods are {', '.join(sorted(METHODS))}.")
+        raise UserError(
+            f"{name} is a '{config.speculator_type}' drafter; known methods are {', '.join(sorted(METHODS))}."
+        )
     drafter = METHODS[config.speculator_type](config)
     state = _read_weights(folder)
     own = {name: tensor.shape for name, tensor in drafter.state_dict().items()}
@@ -78,7 +80,9 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        raise UserError(f"There is no drafter at {name}: it is neither a folder here nor a hub id within reach.") from None
+        raise UserError(
+            f"There is no drafter at {name}: it is neither a folder here nor a hub id within reach."
+        ) from None
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,8 +103,10 @@ def _model_card(config: DrafterConfig, card: Mapping[str, Any]) -> str:
     lines = [
         f"# {config.speculator_type} drafter",
         "",
-        f"Speculative drafter for a `{config.target_family}` target of hidden size {config.target_hidden_size} and "
-        f"{config.target_vocab_size} tokens. It sees of the picture: `{config.image_contract}`.",
+        (
+            f"Speculative drafter for a `{config.target_family}` target of hidden size {config.target_hidden_size} and "
+            f"{config.target_vocab_size} tokens. It sees of the picture: `{config.image_contract}`."
+        ),
         "",
         *(f"- **{key}**: {value}" for key, value in card.items()),
     ]

@@ -75,7 +75,9 @@ def _best(found: _Candidates, shape: TreeShape) -> DraftTree:
     A child never scores above its parent, and the stable sort keeps creation order among equals, so the kept set is
     closed under ancestors even on ties. A drafter that overflows gives NaN, which would sort above the root.
     """
-    tokens, scores, parents, depth = (torch.cat(part, 1) for part in (found.tokens, found.scores, found.parents, found.depth))
+    tokens, scores, parents, depth = (
+        torch.cat(part, 1) for part in (found.tokens, found.scores, found.parents, found.depth)
+    )
     scores = torch.where(scores <= 0, scores, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes]
     kept = order.sort(dim=1).values

@@ -27,7 +27,7 @@ class DecoderLayer(nn.Module):
         self.mlp = _SwiGLU(size, config.intermediate_size)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x (B, m, H) at positions (B, m) -> (B, m, H). No final norm (EAGLE-2: the output is a target feature)."""
+        """Rows x (B, m, H) at positions (B, m) -> (B, m, H). No final norm (the output is a target feature)."""
         x = x + self.self_attn(self.input_layernorm(x), positions, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -64,7 +64,7 @@ class _SwiGLU(nn.Module):
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
+    """Cosines and sines (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""Prompt lookup as a tree: copy what followed the last few tokens before. Training-free, and a floor for trained drafters.
+"""Prompt lookup as a tree: copy what followed the last few tokens before. Training-free: the floor for trained ones.
 
 Idea: prompt lookup decoding (Saxena, 2023); here every earlier occurrence adds a branch, longest match and newest
 first, so that several continuations are checked in one pass.
@@ -31,7 +31,12 @@ class LookupDrafter:
         return _LookupSession(self.longest, shape or self.shape)
 
     def describe(self) -> dict[str, Any]:
-        return {"drafter": self.name, "image_contract": "hidden", "longest_match": self.longest, "tree": vars(self.shape)}
+        return {
+            "drafter": self.name,
+            "image_contract": "hidden",
+            "longest_match": self.longest,
+            "tree": vars(self.shape),
+        }
 
 
 class _History:

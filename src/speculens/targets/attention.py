@@ -27,7 +27,7 @@ def folded_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, Hq, N, D), key and value (B, Hkv, S, D), additive mask (B, 1, N, S) -> (B, N, Hq, D)."""
+    """Attend with query (B, Hq, N, D), key and value (B, Hkv, S, D), additive mask (B, 1, N, S) -> (B, N, Hq, D)."""
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     if attention_mask is None or groups == 1:
@@ -45,5 +45,5 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # without it, prefill would ge
 def fold_attention(model: PreTrainedModel) -> None:
     """Let a model of ours use it in its text decoder, if that would otherwise run sdpa."""
     decoder = model.get_decoder()
-    if decoder.config._attn_implementation == "sdpa":
+    if decoder.config._attn_implementation == "sdpa":  # noqa: SLF001 - there is no public name for it
         decoder.set_attn_implementation(NAME)

@@ -50,7 +50,7 @@ class Target:
         self.text_config = model.config.get_text_config()
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
-        self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        self._softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self._softcap_applies: bool | None = None
 
     # What the model is
@@ -116,7 +116,7 @@ class Target:
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on hidden states after the final norm: (..., H) -> (..., V)."""
         logits = self.head(hidden.to(self.head.weight.device)).to(self.device)
-        if self._softcap_applies:
+        if self._softcap and self._softcap_applies:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
@@ -151,13 +151,13 @@ class Target:
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.update(kwargs)
-            raise _AtTheDoor
+            raise _StoppedError
 
         moved = {name: self._fitted(value) for name, value in inputs.items()}
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(**moved, past_key_values=cache, use_cache=cache is not None)
-        except _AtTheDoor:
+        except _StoppedError:
             pass
         finally:
             handle.remove()
@@ -181,7 +181,7 @@ class Target:
         self._softcap_applies = bool((own - capped).abs().max() < (own - plain).abs().max())
 
 
-class _AtTheDoor(Exception):
+class _StoppedError(Exception):
     """Raised by our own hook to leave the model's forward."""
 
 
@@ -210,7 +210,7 @@ class TargetSession:
 
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> tuple[Tensor, Features]:
-        """Admit a prompt into the next row: one forward. Returns logits (1, 1, V) after its last token, and features."""
+        """Admit a prompt into the next row, in one forward: logits (1, 1, V) after its last token, and features."""
         target, cache = self.target, self.cache
         mask = prompt.inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask.all():

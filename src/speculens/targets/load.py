@@ -38,8 +38,10 @@ def load_target(
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"There is no model at {name}: {_first_line(error)}") from None
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise UserError(f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them.")
+    if type(config) not in AutoModelForImageTextToText._model_mapping:  # noqa: SLF001 - there is no public list
+        raise UserError(
+            f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them."
+        )
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
