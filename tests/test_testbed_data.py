@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 from testbed import draw, make_data, packs, tokenizer
-from testbed.grammar import reading
+from testbed.grammar import reading, values_read
 
 CASES = [(size, kind) for size in draw.SIZES for kind in draw.KINDS]
 
@@ -120,12 +120,12 @@ def test_data_sets_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> Non
 def test_a_value_counts_in_its_place_even_under_a_misread_column_name() -> None:
     facts = (("Juice|Units", "92"), ("Juice|Stock", "85"), ("Tea|Units", "17"), ("Tea|Stock", "58"))
     answer = "From top to bottom: Juice: Units 92, Score 85. Tea: Units 17, Score 53."
-    assert grammar.reading(facts, answer) == (2, 4)
-    assert grammar.values_read(facts, answer) == (3, 4)
+    assert reading(facts, answer) == (2, 4)
+    assert values_read(facts, answer) == (3, 4)
 
 
 @pytest.mark.parametrize("size", draw.SIZES)
 def test_every_value_of_the_true_answer_counts(size: tuple[int, int]) -> None:
     for index in range(40):
         made = draw.sample(3, index, size)
-        assert grammar.values_read(made.facts, made.answer) == (len(made.facts), len(made.facts))
+        assert values_read(made.facts, made.answer) == (len(made.facts), len(made.facts))

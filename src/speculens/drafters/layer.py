@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,15 @@ class _SwiGLU(nn.Module):
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-exponent
+    angles = positions[:, None, :, None].float() * _frequencies(head_dim, theta, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@cache
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(head_dim / 2,) float32. Not a buffer of the module: casting that to bfloat16 would cast these too."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return theta**-exponent
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

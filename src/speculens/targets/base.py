@@ -19,6 +19,7 @@ from speculens.cache import SlotCache
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.targets.attention import groups_in_mask
 from speculens.targets.processing import encode
 from speculens.tree import DraftTree, tree_mask
 
@@ -205,6 +206,7 @@ class TargetSession:
         # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
         self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._axes = 1
+        self._groups = groups_in_mask(target.decoder.config)
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
 
@@ -279,7 +281,8 @@ class TargetSession:
     def _additive(self, allowed: Tensor) -> Tensor:
         lowest = torch.finfo(self.target.dtype).min
         mask = torch.zeros(allowed.shape, dtype=self.target.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, lowest)[:, None]
+        mask = mask.masked_fill_(~allowed, lowest)[:, None]
+        return mask.repeat(1, 1, self._groups, 1) if self._groups > 1 else mask
 
 
 def _last_position(positions: Tensor) -> Tensor:
