@@ -33,7 +33,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-VOCABULARY = 2048
+from testbed.tokenizer import LLAVA_SPECIALS, QWEN_SPECIALS, VOCAB_SIZE
+
 CONTEXT = 4096
 SIDE = 256  # LLaVA pictures, pixels
 TOKEN_PIXELS = 16  # side of the square one visual token stands for, both families
@@ -79,7 +80,7 @@ class Family:
 
 LLAVA = Family(
     name="llava",
-    specials=("<pad>", "<s>", "</s>", "<image>"),
+    specials=LLAVA_SPECIALS,
     image="<image>",
     before="USER: ",
     after="\n{question} ASSISTANT:",
@@ -90,15 +91,7 @@ LLAVA = Family(
 )
 QWEN = Family(
     name="qwen2_5_vl",
-    specials=(
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ),
+    specials=QWEN_SPECIALS,
     image="<|image_pad|>",
     before="<|im_start|>user\n<|vision_start|>",
     after="<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n",
@@ -274,7 +267,7 @@ def _qwen_config(shape: Shape) -> Qwen2_5_VLConfig:
 
 def _text(shape: Shape, family: Family) -> dict[str, object]:
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.mlp,
         "num_hidden_layers": shape.layers,

@@ -264,7 +264,7 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
 
 def _noise(rows: int, height: int, width: int, length: int) -> feed.Piece:
     pixels = torch.randint(256, (rows, height, width, 3), dtype=torch.uint8)
-    ids = torch.randint(8, models.VOCABULARY, (rows, length), dtype=torch.int16)
+    ids = torch.randint(8, models.VOCAB_SIZE, (rows, length), dtype=torch.int16)
     targets = torch.arange(300, length) + torch.arange(rows)[:, None] * length
     return feed.Piece("drawn", pixels, ids, targets.flatten().int())
 

@@ -129,7 +129,7 @@ def test_eager_attention_is_as_exact_as_sdpa(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_folded_attention_is_as_exact_as_sdpa(family):
-    """What `load_target` switches on. Every family here has two query heads to a KV head, so the fold does something."""
+    """What `load_target` switches on. Every family here has two query heads to a KV head: the fold does something."""
     model = copy.deepcopy(tiny.model(family))
     uses_sdpa = model.get_decoder().config._attn_implementation == "sdpa"
     fold_attention(model)
@@ -142,7 +142,8 @@ def test_folded_attention_is_as_exact_as_sdpa(family):
 @pytest.mark.parametrize("folded", [False, True], ids=["mask of the nodes", "mask folded beforehand"])
 def test_folded_attention_equals_attention_with_repeated_keys(folded):
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, heads, rows, 8, generator=generator) for heads, rows in ((6, 5), (2, 9), (2, 9)))
+    sizes = ((6, 5), (2, 9), (2, 9))
+    query, key, value = (torch.randn(2, heads, rows, 8, generator=generator) for heads, rows in sizes)
     mask = torch.zeros(2, 1, 5, 9).masked_fill(torch.rand(2, 1, 5, 9, generator=generator) < 0.4, -1e9)
     given = mask.repeat(1, 1, 3, 1) if folded else mask
     mixed, _ = attention.folded_attention(torch.nn.Module(), query, key, value, given, scaling=0.3)
