@@ -57,8 +57,8 @@ class _Reader(nn.Module):
         self.drafter = drafter
 
     def forward(self, features: Features, next_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.drafter.rows(features, next_embeds)
-        return self.drafter(rows.inputs, rows.positions), rows.source
+        rows = self.drafter.view(features, next_embeds)
+        return self.drafter(rows), rows.source
 
 
 class Student(nn.Module):
