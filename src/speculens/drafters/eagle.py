@@ -8,6 +8,7 @@ At image rows the embedding is what entered the target's decoder there: the proj
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,21 @@ class EagleDrafter(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.target_hidden_size, config.target_hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config)])
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], model: Any) -> dict[str, Any]:
+        """A recipe's options with all that the target decides; `model` is the config of the target's model."""
+        return dict(options)
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Start from another drafter's weights, those of an earlier stage; what it does not have stays as it is."""
+        own = {name: weight.shape for name, weight in self.state_dict().items()}
+        if wrong := sorted(name for name, weight in state.items() if own.get(name) != weight.shape):
+            raise UserError(f"A {self.name} drafter cannot start from these weights: {', '.join(wrong)} do not fit it.")
+        self.load_state_dict(state, strict=False)
+
+    def anneal(self, progress: float) -> None:
+        """Training calls this before each update with the share of the run that is over, from 0 to 1."""
 
     def view(self, features: Features, next_embeds: Tensor) -> Rows:
         """What this drafter keeps of whole sequences. Here: every row, visual ones included.

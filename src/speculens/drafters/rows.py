@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +19,8 @@ class Rows:
     source     (B, m) long, the slot i, -1 where a row stands for none (padding, compressed tokens); None in decoding
     direct     (B, m) bool, rows whose `embeds` enter the layer as they are, without a feature; None means none
     memory     (B, m, H) what a view remembers of the picture at each later row; None if it remembers nothing
+    bias       (B, m) added to a row's scores as a key, for choices that are being learnt; None means 0
+    notes      what a view decided, by sequence, for statistics
     """
 
     embeds: Tensor
@@ -25,3 +29,5 @@ class Rows:
     source: Tensor | None = None
     direct: Tensor | None = None
     memory: Tensor | None = None
+    bias: Tensor | None = None
+    notes: Sequence[Mapping[str, Any]] = ()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class HeadSession:
         self._memory = torch.zeros_like(self._hidden)
 
     @torch.no_grad()
-    def begin(self, features: Features, first: Tensor) -> None:
-        """Prefill the drafter on its view of the prompt."""
+    def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
+        """Prefill the drafter on its view of the prompt; returns what the view noted."""
         next_embeds = torch.cat([features.embeds[:, 1:], self.target.embed(first)[:, None]], dim=1)
         rows = self.drafter.view(features, next_embeds)
         count = rows.positions.shape[1]
@@ -64,6 +64,7 @@ class HeadSession:
         self._position[row] = rows.positions[0, -1] + 1
         if rows.memory is not None:
             self._memory[row] = rows.memory[0, -1]
+        return rows.notes[0] if rows.notes else None
 
     @torch.no_grad()
     def draft(self, roots: Tensor) -> DraftTree:
