@@ -84,4 +84,5 @@ def test_json_has_the_names_of_the_measures():
         "num_accepted_tokens",
         "draft_time_fraction",
         "seconds",
+        "drafter_notes",
     }

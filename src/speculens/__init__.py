@@ -88,6 +88,6 @@ def generate(
 
     if not isinstance(target, Target):
         target = load_target(target)
-    guesser = load_drafter(drafter, dtype=target.dtype, device=target.device)
+    guesser = load_drafter(drafter, dtype=target.dtype, device=target.device, target=target)
     conversation = Conversation.user(text, images=images or [])
     return Engine(target, guesser).generate(conversation, Sampling(**sampling))

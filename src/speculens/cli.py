@@ -21,6 +21,7 @@ from speculens.errors import UserError
 if TYPE_CHECKING:
     from speculens.answer import Answer, Entry
     from speculens.conversation import Conversation
+    from speculens.data.respond import Asking
     from speculens.drafters import Drafter
     from speculens.targets import Target
     from speculens.tree import TreeShape
@@ -43,6 +44,15 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class Layout(StrEnum):
+    """Forms in which drafters are stored: our own, and those of the public code of three papers."""
+
+    ours = "ours"
+    eagle = "eagle"
+    vispec = "vispec"
+    hivis = "hivis"
+
+
 class Family(StrEnum):
     """Targets that the repository ships."""
 
@@ -53,6 +63,7 @@ class Family(StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a target on the hub.")]
+IMAGE_ROOT_HELP = "Where relative picture paths start; default: the folder of the file that names them."
 DRAFTER_HELP = "Folder or hub id of a drafter, `lookup` or `none`."
 TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
 
@@ -236,7 +247,7 @@ def _load(
 
     _hush()
     model = load_target(target, dtype=dtype.value, device=_usable(device), device_map=device_map, revision=revision)
-    return model, load_drafter(drafter, dtype=model.dtype, device=model.device)
+    return model, load_drafter(drafter, dtype=model.dtype, device=model.device, target=model)
 
 
 def _usable(device: str | None) -> str | None:
@@ -311,7 +322,7 @@ def inspect(
         report["target"] = {"name": target, **_target_facts(outline)}
         screen.facts(f"target {target}", target_lines(report["target"]))
     if drafter is not None:
-        guesser = load_drafter(drafter)
+        guesser = load_drafter(drafter, target=outline)
         report["drafter"] = {"name": drafter, **guesser.describe(), "bytes": _stored_bytes(drafter)}
         screen.say()
         screen.facts(f"drafter {drafter}", drafter_lines(report["drafter"]))
@@ -369,13 +380,9 @@ def _target_facts(target: Target) -> dict[str, Any]:
 
 def _stored_bytes(drafter: str) -> int | None:
     """Size of a drafter's weights on disk; None if it has none."""
-    from huggingface_hub import try_to_load_from_cache
+    from speculens.checkpoints import stored_bytes
 
-    name = "model.safetensors"
-    if drafter in ("none", "lookup"):
-        return None
-    file = Path(drafter) / name if Path(drafter).is_dir() else try_to_load_from_cache(drafter, name)
-    return Path(file).stat().st_size if isinstance(file, (str, Path)) else None
+    return None if drafter in ("none", "lookup") else stored_bytes(drafter)
 
 
 def _misfit(drafter: Drafter, target: Target) -> str | None:
@@ -385,6 +392,130 @@ def _misfit(drafter: Drafter, target: Target) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+@app.command()
+def prepare_data(  # noqa: PLR0913, PLR0917 - a flag each
+    files: Annotated[list[Path], typer.Argument(help="JSON lines, or JSON arrays, of rows in any known form.")],
+    out: Annotated[Path, typer.Option(help="The file of rows to write.")],
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    copy_images: Annotated[
+        bool, typer.Option("--copy-images", help="Copy the pictures into a folder beside the output.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to write at most.")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle the rows, before the limit.")] = None,
+    target: Annotated[str | None, typer.Option(help="Count tokens as this target (folder or hub id) does.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Refuse rows of more tokens; needs a --target.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Bring rows of data into one form, and tell what they hold and which are refused."""
+    from speculens.data import JsonLines
+    from speculens.data.prepare import Selection, prepare
+    from speculens.data.rows import error_file
+    from speculens.show import Screen, prepared_lines
+
+    _hush()
+    screen = Screen(quiet=json)
+    selection = Selection(limit, shuffle_seed, copy_images, max_length, overwrite)
+    counter = _outline(target, revision) if target is not None else None
+    with screen.progress("rows") as tell:
+        report = prepare(JsonLines(files, image_root), out, selection, counter, tell).to_dict()
+    screen.facts(str(out), prepared_lines(report))
+    if report["refused"]:
+        screen.aside(f"Which rows are refused, and why: {error_file(out)}")
+    if json:
+        _print_json({"output": str(out), "target": target, **report, "versions": _versions()})
+
+
+@app.command()
+def respond(  # noqa: PLR0913, PLR0917 - a flag each
+    file: Annotated[Path, typer.Argument(help="Rows whose questions are asked; their own answers are not read.")],
+    out: Annotated[Path, typer.Option(help="The file of rows to write, or to go on with.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model.")],
+    drafter: Annotated[str, typer.Option(help=DRAFTER_HELP)] = "none",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Recipe of prompts and sampling, a YAML file; options replace its values."),
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    instruction_suffix: Annotated[str | None, typer.Option(help="Said after every question.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message of every row.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Questions to answer of each row; default all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the file.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Rows that are answered side by side.")] = 8,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Try rows again that an earlier run could not answer.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default 1024.", rich_help_panel=SAMPLING)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default 1.", rich_help_panel=SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default 0, off.", rich_help_panel=SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default 1, off.", rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Default 0; each row's own is made from it.", rich_help_panel=SAMPLING)
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)
+    ] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
+    ] = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Let the target write its own answers to the questions of a data set; a killed run goes on where it was."""
+    from speculens.data import JsonLines
+    from speculens.data.respond import Responder
+    from speculens.data.rows import error_file
+    from speculens.engine import Engine
+    from speculens.show import Screen, answered_lines
+
+    asking = _asking(
+        config,
+        instruction_suffix,
+        {
+            "system": system,
+            "turns": turns,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        },
+    )
+    source = JsonLines([file], image_root)
+    model, guesser = _load(target, drafter, dtype, device, device_map, revision)
+    engine = Engine(model, guesser, slots=slots, capacity=max_model_len)
+    responder = Responder(engine, source, asking, out, target, limit)
+    screen = Screen(quiet=json)
+    with screen.progress("rows") as tell:
+        outcome = responder.run(retry_errors=retry_errors, on_row=tell)
+    report = outcome.to_dict()
+    if outcome.error and not outcome.success and not outcome.skipped:
+        raise UserError(f"None of the {outcome.error} rows could be answered. The first: {outcome.first_error}")
+    screen.facts(str(out), answered_lines(report))
+    if outcome.error:
+        screen.aside(f"Which rows failed, and why: {error_file(out)}; --retry-errors tries them again.")
+    if json:
+        _print_json({"output": str(out), "target": target, "drafter": drafter, **report, "versions": _versions()})
+
+
+def _asking(config: Path | None, suffix: str | None, options: dict[str, Any]) -> Asking:
+    """A recipe with the options that were given laid over it."""
+    from dataclasses import replace
+
+    from speculens.data.respond import PLACE, Asking
+    from speculens.training.config import load
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if suffix is not None:
+        given["templates"] = (f"{PLACE} {suffix}",)
+    return replace(load(Asking, config) if config else Asking(), **given)
 
 
 @app.command()
@@ -411,9 +542,44 @@ def train(
         return
     screen = Screen(quiet=json)
     made = training.train(plan, resume_from=resume_from, on_event=_print_json if json else screen.event)
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one run, the first speaks
+        return
     screen.say(f"The drafter is in {made}.")
     if json:
         _print_json({"event": "drafter", "path": str(made), "versions": _versions()})
+
+
+@app.command()
+def export(
+    to: Annotated[Layout, typer.Option(help="The layout to write: our own, or that of a paper's public code.")],
+    drafter: Annotated[str, typer.Option(help="Folder or hub id of a drafter in any of these layouts.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of the target that it drafts for.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Write a drafter in another layout: from a published one to ours, and back."""
+    from speculens.checkpoints import save_drafter, save_published
+    from speculens.drafters import TrainedDrafter
+    from speculens.show import Screen, size
+
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another folder.")
+    dtype = str(_outline(target, revision).dtype).removeprefix("torch.")
+    model, guesser = _load(target, drafter, Dtype(dtype), "cpu", None, revision)
+    if not isinstance(guesser, TrainedDrafter):
+        raise UserError(f"The drafter {drafter} has no weights to write.")
+    if to is Layout.ours:
+        save_drafter(guesser, out, {"target": target, "exported from": drafter})
+    else:
+        save_published(guesser, to.value, out, model)
+    stored = _stored_bytes(str(out))
+    screen = Screen(quiet=json)
+    screen.say(f"The drafter is in {out} ({to.value}, {size(stored or 0)}).")
+    if json:
+        _print_json(
+            {"path": str(out), "layout": to.value, "method": guesser.name, "bytes": stored, "versions": _versions()}
+        )
 
 
 @app.command()

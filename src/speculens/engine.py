@@ -175,7 +175,7 @@ class Engine:
                 tree = DraftTree.root(features.tokens[:, -1])
                 past = prompt.ids[:-1].tolist() if sampling.needs_history else []
                 first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
-                self._drafter.begin(features, first)
+                slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
             except BaseException:
                 self._target.free(len(self._running))
                 raise

@@ -17,6 +17,7 @@ class Features:
     positions  (B, n) long, plain sequence index (never M-RoPE)
     image      (B, n) bool, True where the row is part of a picture
     lengths    (B,) long, rows beyond it are padding
+    answer     (B, n) bool, True at the rows of answers that are being learnt; None in decoding
     """
 
     tokens: Tensor
@@ -25,3 +26,4 @@ class Features:
     positions: Tensor
     image: Tensor
     lengths: Tensor
+    answer: Tensor | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from speculens.answer import Answer, Entry, Run
@@ -66,6 +68,25 @@ class Screen:
                 f"step {event['step']:,}: acceptance length {event['mean_acceptance_length']:.2f} "
                 f"({event['mean_accepted_tokens']:.2f} without the bonus token), exact {event['exact']:.0%}"
             )
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on standard error, where that is a terminal; it is told how many are done and how many there are."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        silent = self.quiet or not self._aside.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=self._aside, disable=silent) as bar:
+            task = bar.add_task(what, total=None, rate="")
+
+            def tell(done: int, total: int) -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+
+            yield tell
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """A heading and what there is to know, a line each."""
@@ -140,6 +161,8 @@ def drafter_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     """What `inspect` says of a drafter."""
     tree = facts["tree"]
     lines = {"method": facts["drafter"], "sees of a picture": CONTRACTS[facts["image_contract"]]}
+    if "view" in facts:
+        lines["view"] = facts["view"]
     if "num_steps" in tree:
         lines["tree"] = (
             f"{tree['num_steps'] + 1} levels, {tree['topk']} children a node, "
@@ -152,6 +175,43 @@ def drafter_lines(facts: Mapping[str, Any]) -> dict[str, str]:
             f"vocabulary {facts['target_vocab_size']:,}"
         )
     return lines
+
+
+def prepared_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What `prepare-data` says of the rows that it wrote."""
+    lines = {
+        "written": f"{facts['rows']:,} of {facts['read']:,} rows read",
+        "turns": f"{facts['questions']:,} of the user, {facts['answers']:,} answers",
+        "pictures": f"{facts['pictures']:,} in {facts['with_pictures']:,} rows",
+    }
+    if facts["without_answer"]:
+        lines["without answer"] = f"{facts['without_answer']:,} rows: to measure with or to answer, not to train on"
+    for name in ("tokens", "image_tokens"):
+        if spread := facts[name]:
+            quantiles = ", ".join(f"{key} {value:,}" for key, value in spread.items() if key != "mean")
+            lines[name.replace("_", " ")] = f"{spread['mean']:,} a row on average; {quantiles}"
+    return lines | _refusals("refused", facts["refused"], facts["reasons"])
+
+
+def answered_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What `respond` says at its end."""
+    ends = ", ".join(f"{number:,} {reason}" for reason, number in sorted(facts["finish_reasons"].items()))
+    lines = {"answered": f"{facts['success']:,}", "skipped": f"{facts['skipped']:,}, done by an earlier run"}
+    if facts["tokens"]:
+        lines["answers end by"] = ends
+        lines["tokens"] = f"{facts['tokens']:,} in {facts['seconds']:.1f} s, {facts['tokens_per_second']:,.1f} tokens/s"
+        lines["acceptance"] = (
+            f"{facts['stats']['mean_acceptance_length']:.2f} tokens a pass "
+            f"({facts['stats']['mean_accepted_tokens']:.2f} without the bonus token)"
+        )
+    return lines | _refusals("errors", facts["error"], facts["reasons"])
+
+
+def _refusals(name: str, total: int, reasons: Mapping[str, int], most: int = 8) -> dict[str, str]:
+    """How many, and the commonest reasons, a line each."""
+    shown = [f"\n    {number:,}  {reason}" for reason, number in list(reasons.items())[:most]]
+    hidden = f"\n    and {len(reasons) - most:,} further reasons" if len(reasons) > most else ""
+    return {name: f"{total:,}{''.join(shown)}{hidden}"}
 
 
 CONTRACTS = {

@@ -18,6 +18,7 @@ class Stats:
     num_accepted_tokens  drafted tokens that the target kept
     accepted_at          accepted_at[i]: passes that kept at least i + 1 drafted tokens
     seconds              by part: prefill, draft, score, choose, observe
+    drafter_notes        what the drafter decided about each picture, lists by name; most drafters decide nothing
     """
 
     num_drafts: int = 0
@@ -26,6 +27,7 @@ class Stats:
     num_accepted_tokens: int = 0
     accepted_at: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    drafter_notes: dict[str, list[str]] = field(default_factory=dict)
 
     def add_pass(self, emitted: int, accepted: int, drafted: int) -> None:
         """Count one target pass of one slot: tokens emitted after cutting, drafted tokens kept, drafted nodes."""
@@ -55,6 +57,8 @@ class Stats:
                 pooled.accepted_at[level] += count
             for name, seconds in part.seconds.items():
                 pooled.add_seconds(name, seconds)
+            for name, notes in part.drafter_notes.items():
+                pooled.drafter_notes.setdefault(name, []).extend(notes)
         return pooled
 
     @property
@@ -97,4 +101,5 @@ class Stats:
             "num_accepted_tokens": self.num_accepted_tokens,
             "draft_time_fraction": self.draft_time_fraction,
             "seconds": dict(self.seconds),
+            "drafter_notes": dict(self.drafter_notes),
         }

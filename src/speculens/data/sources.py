@@ -6,9 +6,9 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from speculens.conversation import Conversation
 from speculens.errors import UserError
@@ -45,7 +45,7 @@ class Listed:
 
 
 class JsonLines:
-    """One or more files of JSON lines, in the forms that `Conversation.from_row` reads.
+    """One or more files of JSON lines, or of one JSON array, in the forms that `Conversation.from_row` reads.
 
     image_root  where relative picture paths start; None takes each file's own folder
     Safe to share with forked workers: reads carry their own offset.
@@ -61,7 +61,16 @@ class JsonLines:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Conversation:
-        return self._place(index)[0].read(self._place(index)[1])
+        return Conversation.from_row(self.row(index), self.root(index))
+
+    def row(self, index: int) -> Any:
+        """The row as it stands in its file. Raises UserError if it is not valid JSON."""
+        file, line = self._place(index)
+        return file.row(line)
+
+    def root(self, index: int) -> Path:
+        """Where the relative picture paths of a row start."""
+        return self._place(index)[0].image_root
 
     def size(self, index: int) -> int:
         """Bytes of the line."""
@@ -76,19 +85,16 @@ class JsonLines:
 
 
 class _File:
-    """Offsets of the lines of one file; blank lines do not count."""
+    """Offsets of the rows of one file: its lines, blank ones left out, or the elements of its array."""
 
     def __init__(self, path: Path, image_root: str | Path | None) -> None:
         self.path, self.image_root = path, Path(image_root) if image_root else path.parent
         self._starts, self._lengths = array("q"), array("q")
         try:
             with path.open("rb") as file:
-                start = 0
-                for line in file:
-                    if not line.isspace():
-                        self._starts.append(start)
-                        self._lengths.append(len(line))
-                    start += len(line)
+                for start, length in _elements(file, path) if _is_array(file) else _lines(file):
+                    self._starts.append(start)
+                    self._lengths.append(length)
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"The data file {path} cannot be read: {error.strerror}.") from None
@@ -99,14 +105,52 @@ class _File:
     def size(self, line: int) -> int:
         return self._lengths[line]
 
-    def read(self, line: int) -> Conversation:
+    def row(self, line: int) -> Any:
         data = os.pread(self._descriptor, self._lengths[line], self._starts[line])
         try:
-            row = json.loads(data)
+            return json.loads(data)
         except ValueError as error:
             raise UserError(f"Row {line + 1} of {self.path} is not valid JSON: {error}.") from None
-        return Conversation.from_row(row, self.image_root)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+
+
+def _is_array(file: BinaryIO) -> bool:
+    """Whether the first sign is a bracket; a row never begins with one."""
+    sign = b" "
+    while sign.isspace():
+        sign = file.read(1)
+    file.seek(0)
+    return sign == b"["
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Start and length in bytes of every line that is not blank."""
+    start = 0
+    for line in file:
+        if not line.isspace():
+            yield start, len(line)
+        start += len(line)
+
+
+def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
+    """Start and length in bytes of every element of an array."""
+    text = file.read().decode("latin-1")  # one character a byte; brackets and quotes are the same in UTF-8
+    decode = json.JSONDecoder().raw_decode
+    start = _skip(text, text.index("[") + 1, "")
+    try:
+        while text[start] != "]":
+            _, end = decode(text, start)
+            yield start, end - start
+            start = _skip(text, end, ",")
+    except (ValueError, IndexError):
+        raise UserError(f"The data file {path} is no whole JSON array: it breaks at byte {start:,}.") from None
+
+
+def _skip(text: str, start: int, sign: str) -> int:
+    """The place of the next character that is neither white nor `sign`."""
+    while start < len(text) and (text[start].isspace() or text[start] in sign):
+        start += 1
+    return start

@@ -6,7 +6,7 @@ choose. It must be deterministic given what it has been shown, and nothing else 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,8 +42,11 @@ class DraftSession(Protocol):
     @property
     def nodes(self) -> int: ...
 
-    def begin(self, features: Features, first: Tensor) -> None:
-        """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,)."""
+    def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
+        """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,).
+
+        Returns what is worth noting of this prompt, lists by name, for the slot's statistics; or nothing.
+        """
 
     def draft(self, roots: Tensor) -> DraftTree:
         """Guess: a tree on each running slot's newest token, roots (B,)."""

@@ -15,10 +15,12 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -64,6 +66,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image)
 
+    @property
+    def positions(self) -> int:
+        """P, the answer positions that train."""
+        return self.slots.shape[1]
+
     def pin_memory(self) -> Batch:
         """In page-locked memory, for a fast way to the GPU (the data loader calls this)."""
         inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
@@ -97,7 +104,11 @@ class Encoder:
         return row
 
     def batch(self, conversations: Iterator[Conversation | UserError]) -> Batch:
-        """Encode and collate; rows that cannot be used are left out and named in `refused`."""
+        """Encode and collate; rows that cannot be used are left out and named in `refused`.
+
+        If none can be used, the batch is one row that nobody learns from: it is still a pass, and processes that share
+        a run must all make equally many.
+        """
         rows, refused = [], []
         for conversation in conversations:
             try:
@@ -106,7 +117,11 @@ class Encoder:
                 rows.append(self.row(conversation))
             except UserError as error:
                 refused.append(str(error))
-        return replace(collate(rows, self._pad, self._dtype), refused=tuple(refused))
+        return replace(collate(rows or [self._blank()], self._pad, self._dtype), refused=tuple(refused))
+
+    def _blank(self) -> Row:
+        inputs, image = self.encode(Conversation.user("?", [Image.new("RGB", (64, 64))]))
+        return Row(inputs, image, torch.zeros_like(image))
 
     def encode(self, conversation: Conversation, *, open_end: bool = False) -> tuple[dict[str, Tensor], Tensor]:
         """Ids, pixels and all else that one forward takes, and the image rows."""
@@ -209,7 +224,7 @@ def collate(rows: Sequence[Row], pad: int, dtype: torch.dtype) -> Batch:
     Padded tokens are `pad`, everything else is padded with 0. Concatenated tensors that differ behind their first
     dimension (numbers of tiles, say) are padded with 0 there, as processors do themselves.
     """
-    width = max((len(row.answer) for row in rows), default=3)
+    width = max(len(row.answer) for row in rows)
     width += -width % PAD_TO
     inputs: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in rows for name in row.inputs):
@@ -235,37 +250,46 @@ def _pad(part: Tensor, shape: Sequence[int], value: int) -> Tensor:
 
 
 def _stack(masks: Sequence[Tensor], width: int) -> Tensor:
-    return (
-        torch.stack([_pad(mask, (width,), 0) for mask in masks]) if masks else torch.zeros(0, width, dtype=torch.bool)
-    )
+    return torch.stack([_pad(mask, (width,), 0) for mask in masks])
 
 
 class Order(Sampler[list[int]]):
     """Which rows make up which batch: a function of (seed, epoch) alone, so any batch can be found again by its number.
 
-    Rows are shuffled, then sorted by size within windows of some batches, then the batches are shuffled. With several
-    processes, process `rank` takes every `world`-th batch and all take equally many.
+    Rows are shuffled, then sorted by size within windows of some batches, then the batches are shuffled: one endless
+    line of batches. Of `world` processes, process `rank` takes every `world`-th from number `rank` on, so that any
+    share of the same work among processes and passes makes the same updates.
+
+    batches    in one pass over the data
+    per_epoch  of them for one process, rounded down
     """
 
     def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._sizes, self._batch, self._seed = torch.tensor(sizes), batch_size, seed
         self._rank, self._world = rank, world
         self.start = 0
-        self.per_epoch = -(-len(sizes) // batch_size) // world
+        self.batches = -(-len(sizes) // batch_size)
+        self.per_epoch = self.batches // world
         if self.per_epoch == 0:
             raise UserError(f"{len(sizes)} conversations do not make one batch for each of {world} processes.")
+        self._pass = lru_cache(maxsize=2)(self._shuffled)
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The batches of one pass over the data, for this process."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        """The `per_epoch` batches that this process takes in its turns from `number * per_epoch` on."""
+        turns = range(number * self.per_epoch, (number + 1) * self.per_epoch)
+        places = (divmod(turn * self._world + self._rank, self.batches) for turn in turns)
+        return [self._pass(epoch)[place] for epoch, place in places]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        """All batches of one pass over the data."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         rows = torch.randperm(len(self._sizes), generator=generator)
         windows = (window[self._sizes[window].argsort(stable=True)] for window in rows.split(WINDOW * self._batch))
         batches = [batch for window in windows for batch in window.split(self._batch)]
-        turns = torch.randperm(len(batches), generator=generator)[: self.per_epoch * self._world]
-        return [batches[turn].tolist() for turn in turns[self._rank :: self._world].tolist()]
+        return [batches[turn].tolist() for turn in torch.randperm(len(batches), generator=generator).tolist()]
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches without end, from number `start` on."""
+        """This process's batches without end, from its turn `start` on."""
         epoch, skip = divmod(self.start, self.per_epoch)
         while True:
             yield from islice(self.epoch(epoch), skip, None)

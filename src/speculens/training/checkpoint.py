@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from speculens.checkpoints import save_drafter
@@ -22,24 +22,29 @@ from speculens.drafters import TrainedDrafter
 from speculens.errors import UserError
 
 PREFIX = "checkpoint-"
+AVERAGE = "ema.safetensors"
 
 
 @dataclass
 class Progress:
     """Where a run stands.
 
-    step      updates done
-    position  passes done, which is also the number of the next batch
-    rows      conversations seen
-    seconds   spent, all sessions of the run together
-    best      largest acceptance length measured so far
+    step       updates done
+    position   passes done by all processes together, which is also the number of the next batch
+    rows       conversations seen
+    refused    conversations that could not be used
+    seconds    spent, all sessions of the run together
+    best       largest acceptance length measured so far
+    processes  that share the passes of an update
     """
 
     step: int = 0
     position: int = 0
     rows: int = 0
+    refused: int = 0
     seconds: float = 0.0
     best: float = 0.0
+    processes: int = 1
 
 
 @contextmanager
@@ -76,13 +81,19 @@ def save(
     recipe: Mapping[str, Any],
     card: Mapping[str, Any],
     keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write `checkpoint-STEP`, itself a drafter folder, and delete all but the `keep` newest."""
+    """Write `checkpoint-STEP`, itself a drafter folder, and delete all but the `keep` newest.
+
+    average  the running average of the weights, beside the weights themselves
+    """
     folder = output / f"{PREFIX}{progress.step}"
     with whole(folder) as partial:
         save_drafter(drafter, partial, card)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(_rng(), partial / "rng.pt")
+        if average is not None:
+            save_file({name: tensor.cpu() for name, tensor in average.items()}, partial / AVERAGE)
         state = {"progress": asdict(progress), "recipe": dict(recipe)}
         (partial / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
     for old in checkpoints(output)[:-keep]:
@@ -90,17 +101,43 @@ def save(
     return folder
 
 
-def load(folder: Path, drafter: nn.Module, optimizer: Optimizer) -> tuple[Progress, dict[str, Any]]:
-    """Put a saved state back in place; returns the progress and the recipe it was made with."""
-    try:
+def about(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """The progress of a saved state and the recipe it was made with. Raises UserError, as `load`."""
+    with _readable(folder):
         state = json.loads((folder / "trainer_state.json").read_text())
+        return Progress(**state["progress"]), state["recipe"]
+
+
+def load(folder: Path, drafter: nn.Module, optimizer: Optimizer, average: Mapping[str, Tensor] | None = None) -> None:
+    """Put a saved state back in place."""
+    with _readable(folder):
         device = next(drafter.parameters()).device
         drafter.load_state_dict(load_file(folder / "model.safetensors"))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         _set_rng(torch.load(folder / "rng.pt", weights_only=True))
-        return Progress(**state["progress"]), state["recipe"]
+        saved = load_file(folder / AVERAGE) if average is not None else {}
+        for name, tensor in (average or {}).items():
+            tensor.copy_(saved[name])
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # reading broken files raises nearly anything
         raise UserError(f"{folder} is no checkpoint that this run can go on from: {_line(error)}.") from error
+
+
+def tidy(output: Path) -> None:
+    """Clear up after a kill: unfinished folders go, and one that was moved aside comes back if none replaced it."""
+    for partial in output.glob(".*.partial"):
+        shutil.rmtree(partial)
+    for old in output.glob(".*.old"):
+        folder = output / old.name.removeprefix(".").removesuffix(".old")
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
 
 
 def checkpoints(output: Path) -> list[Path]:

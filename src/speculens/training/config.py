@@ -19,6 +19,8 @@ from speculens.errors import UserError
 from speculens.tree import TreeShape
 
 SCHEDULES = ("constant", "linear", "cosine")
+ATTENTION = ("exact", "causal")
+SELECT = ("none", "chain", "public")
 DTYPES = ("mixed", "bfloat16", "float32", "float64")
 
 T = TypeVar("T")
@@ -32,6 +34,7 @@ class DrafterRecipe:
     intermediate_size  width of its MLP; None takes the target's
     input_norm         RMSNorm before its attention
     tree               the tree that it will draft, also in the measurements during training
+    init_from          folder or hub id of a drafter whose weights it starts from: that of an earlier stage
     options            what only this method knows
     """
 
@@ -39,6 +42,7 @@ class DrafterRecipe:
     intermediate_size: int | None = None
     input_norm: bool = True
     tree: TreeShape = field(default_factory=TreeShape)
+    init_from: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +87,36 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Unroll:
+    """How the drafter practises on its own output (`unroll.py` has the picture).
+
+    steps      K: passes over each batch, the first on the target's features, each later one on the drafter's own
+    detach     no gradient flows from a step into the outputs that it is fed
+    attention  exact: each self-fed step sees what drafting sees | causal: all of the outputs that it is fed
+    select     which positions a later step trains: none leaves none out | chain: where the drafter would have survived
+               until then | public: the same one position later, as the public code of arXiv 2509.23928
+    hit        the drafter survives a position if the target's likeliest token is among so many of its own
+    weights    of the steps' losses in their sum; empty: 1 each
+    """
+
+    steps: int = 1
+    detach: bool = True
+    attention: str = "exact"
+    select: str = "none"
+    hit: int = 5
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("unroll.attention", self.attention, ATTENTION)
+        _one_of("unroll.select", self.select, SELECT)
+        for name in ("steps", "hit"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"unroll.{name} must be above 0, not {getattr(self, name)}.")
+        if self.weights and len(self.weights) != self.steps:
+            raise UserError(f"unroll.weights are {len(self.weights)} numbers for {self.steps} steps.")
+
+
+@dataclass(frozen=True)
 class Optimiser:
     """AdamW.
 
@@ -111,11 +145,15 @@ class Recipe:
     target        folder or hub id of the frozen model
     output        folder for log, checkpoints and the drafter
     batch_size    conversations in one pass, per process
-    accumulation  passes per update
+    accumulation  passes per update, per process
     steps, epochs, minutes  exactly one: updates, passes over the data, or wall-clock time (measurements included)
     dtype         of the drafter: mixed (float32 weights, arithmetic in the target's dtype, as in decoding) | bfloat16 |
                   float32 | float64 (both)
     target_dtype  as `load_target` takes it
+    shard_target  spread the target's layers over the processes of the run, for one too large for a device
+    ema           decay of the running average of the weights, which is then what is measured and kept; None keeps none
+    feature_noise what is added to the features that the drafter reads in training: uniform, of a width of so much times
+                  512 / the sequence's rows; 0 adds nothing
     chunk         answer positions whose logits over the vocabulary are held at a time
     compile       torch.compile the drafter; each new length of batch costs time at first
     workers       processes that prepare batches; 0 prepares them in this one
@@ -132,6 +170,7 @@ class Recipe:
     output: str
     data: DataRecipe = field(default_factory=DataRecipe)
     objective: Objective = field(default_factory=Objective)
+    unroll: Unroll = field(default_factory=Unroll)
     optimiser: Optimiser = field(default_factory=Optimiser)
     batch_size: int = 16
     accumulation: int = 1
@@ -140,7 +179,10 @@ class Recipe:
     minutes: float | None = None
     dtype: str = "mixed"
     target_dtype: str = "auto"
+    shard_target: bool = False
+    ema: float | None = None
     seed: int = 0
+    feature_noise: float = 0.0
     chunk: int = 1024
     compile: bool = False
     workers: int = 4
@@ -157,6 +199,10 @@ class Recipe:
         if len(given) != 1:
             said = " and ".join(given) or "none"
             raise UserError(f"Say exactly one of steps, epochs and minutes; the recipe says {said}.")
+        if self.feature_noise < 0:
+            raise UserError(f"feature_noise must not be below 0, but is {self.feature_noise}.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema must be between 0 and 1, or null for none, not {self.ema}.")
         if not self.objective.weights:
             raise UserError("Every weight of the objective is 0: there is nothing to learn.")
         for name in (*given, "batch_size", "accumulation", "chunk", "log_every", "save_every", "keep", "eval_every"):
@@ -174,6 +220,11 @@ class Recipe:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and lay `section.key=value` over it, values in YAML. Raises UserError on any mistake."""
+    return load(Recipe, path, overrides)
+
+
+def load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """`load_recipe` for any dataclass of plain values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -182,7 +233,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     for override in overrides:
         values = _override(values, override)
-    return read_recipe(values)
+    return _section(kind, values, "")
 
 
 def read_recipe(values: Any) -> Recipe:

@@ -56,48 +56,74 @@ class Losses:
     total      () the weighted sum, to be differentiated
     terms      each term's mean over positions, unweighted and detached
     agreement  () share of positions where drafter and target have the same likeliest token; 0 without logits
+    hits       (P,) bool, the target's likeliest token is among the drafter's `hit` likeliest; empty if none was asked
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     agreement: Tensor
+    hits: Tensor
 
 
 def objective(
-    student: Tensor, teacher: Tensor, head: Head, weights: Mapping[str, float], *, top: int = 10, chunk: int = 1024
+    student: Tensor,
+    teacher: Tensor,
+    head: Head,
+    weights: Mapping[str, float],
+    *,
+    top: int = 10,
+    chunk: int = 1024,
+    kept: Tensor | None = None,
+    hit: int = 0,
 ) -> Losses:
     """The weighted sum of the named terms over positions.
 
     student  (P, H) predicted features, the drafter's own dtype
     teacher  (P, H) the target's features of the same positions
     head     the target's, applied to both
+    kept     (P,) bool, the positions that train: every mean is over them alone; None means all
+    hit      how many of the drafter's likeliest tokens make a hit; 0 asks for none
     """
-    count = max(len(student), 1)
+    count = max(len(student), 1) if kept is None else kept.sum().clamp(min=1)
     student, teacher = _exact(student), teacher.detach()
     means: dict[str, Tensor] = {}
     if "smooth_l1" in weights:
-        means["smooth_l1"] = smooth_l1(student, teacher.to(student.dtype)).sum() / count
+        means["smooth_l1"] = _sum(smooth_l1(student, teacher.to(student.dtype)), kept) / count
     names = tuple(name for name in weights if name in VOCABULARY_TERMS)
     sums = student.new_zeros(len(names) + 1)
-    for start in range(0, len(student) if names else 0, chunk):
+    hits = [torch.zeros(0, dtype=torch.bool, device=student.device)]
+    for start in range(0, len(student) if names or hit else 0, chunk):
         part = slice(start, start + chunk)
-        sums = sums + checkpoint(
-            _chunk, student[part], teacher[part], head, names, top, use_reentrant=False, preserve_rng_state=False
-        )
+        chosen = None if kept is None else kept[part]
+        tensors = (student[part], teacher[part], head, chosen)
+        more, found = checkpoint(_chunk, *tensors, names, top, hit, use_reentrant=False, preserve_rng_state=False)
+        sums = sums + more
+        hits.append(found)
     means |= {name: sums[i] / count for i, name in enumerate(names)}
     total = sum((weights[name] * mean for name, mean in means.items()), start=0.0 * student.sum())
-    return Losses(total, {name: mean.detach() for name, mean in means.items()}, sums[-1].detach() / count)
+    figures = {name: mean.detach() for name, mean in means.items()}
+    return Losses(total, figures, sums[-1].detach() / count, torch.cat(hits))
 
 
-def _chunk(student: Tensor, teacher: Tensor, head: Head, names: tuple[str, ...], top: int) -> Tensor:
-    """Sums of the vocabulary terms over one chunk, and of agreements, (T + 1,)."""
+def _chunk(
+    student: Tensor, teacher: Tensor, head: Head, kept: Tensor | None, names: tuple[str, ...], top: int, hit: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of the vocabulary terms over one chunk, and of agreements, (T + 1,); and its hits, (c,) bool or empty."""
     with torch.no_grad():
         expected = _exact(head(teacher))
     guessed = _exact(head(student.to(teacher.dtype)))
     top = min(top, guessed.shape[-1])
-    sums = [VOCABULARY_TERMS[name](guessed, expected, top).sum() for name in names]
-    agree = (guessed.argmax(-1) == expected.argmax(-1)).sum().to(guessed.dtype)
-    return torch.stack([*sums, agree])
+    sums = [_sum(VOCABULARY_TERMS[name](guessed, expected, top), kept) for name in names]
+    best = expected.argmax(-1)
+    agree = _sum(guessed.argmax(-1) == best, kept).to(guessed.dtype)
+    # Of equal logits none counts as better, so `hit` 1 is agreement but for ties.
+    better = (guessed > guessed.gather(-1, best[:, None])).sum(-1) if hit else best[:0]
+    return torch.stack([*sums, agree]), better < hit
+
+
+def _sum(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Over the positions that are kept."""
+    return values.sum() if kept is None else torch.where(kept, values, 0).sum()
 
 
 def _exact(x: Tensor) -> Tensor:

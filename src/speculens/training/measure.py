@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ class Exam:
         tokens, stats = self._decode(made)  # type: ignore[arg-type]
         same = sum(one == other for one, other in zip(tokens, self._expected, strict=True))
         figures = ("mean_acceptance_length", "mean_accepted_tokens", "acceptance_rate_per_position")
-        return {"exact": same / len(tokens)} | {name: getattr(stats, name) for name in figures}
+        notes = {name: dict(Counter(values)) for name, values in stats.drafter_notes.items()}
+        measured = {"exact": same / len(tokens)} | {name: getattr(stats, name) for name in figures}
+        return measured | ({"drafter_notes": notes} if notes else {})
 
     def _decode(self, drafter: Drafter | None) -> tuple[list[list[int]], Stats]:
         engine = Engine(self._target, drafter, slots=len(self._prompts), capacity=self._capacity)

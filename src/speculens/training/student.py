@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from speculens.checkpoints import load_drafter
 from speculens.drafters import METHODS, DrafterConfig, TrainedDrafter
+from speculens.errors import UserError
 from speculens.features import Features
 from speculens.targets.base import Target
 from speculens.training.batches import Batch
-from speculens.training.config import DrafterRecipe
+from speculens.training.config import DrafterRecipe, Unroll
+from speculens.training.unroll import Lesson, unroll
 
 
 def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
@@ -37,9 +40,15 @@ def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
         qkv_bias=getattr(queries, "bias", None) is not None,
         input_norm=recipe.input_norm,
         tree=recipe.tree,
-        options=recipe.options,
+        options=kind.settle(recipe.options, target.model.config),
     )
-    return kind(config)
+    drafter = kind(config)
+    if recipe.init_from is not None:
+        earlier = load_drafter(recipe.init_from, target=target)
+        if not isinstance(earlier, TrainedDrafter):
+            raise UserError(f"drafter.init_from must be a trained drafter, which {recipe.init_from} is not.")
+        drafter.adopt(earlier.state_dict())
+    return drafter
 
 
 def _rope_theta(text: Any) -> float:
@@ -50,15 +59,26 @@ def _rope_theta(text: Any) -> float:
 
 
 class _Reader(nn.Module):
-    """View and layer in one forward."""
+    """View, noise and all steps in one forward."""
 
-    def __init__(self, drafter: TrainedDrafter) -> None:
+    def __init__(self, drafter: TrainedDrafter, plan: Unroll, noise: float) -> None:
         super().__init__()
-        self.drafter = drafter
+        self.drafter, self.plan, self.noise = drafter, plan, noise
 
-    def forward(self, features: Features, next_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.drafter.rows(features, next_embeds)
-        return self.drafter(rows.inputs, rows.positions), rows.source
+    def forward(self, features: Features, next_embeds: Tensor, draw: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        rows = self.drafter.view(features, next_embeds)
+        source = cast(Tensor, rows.source)  # only decoding knows rows without
+        if self.noise:
+            rows = replace(rows, hidden=_noisy(rows.hidden, source, self.noise, draw))
+        return unroll(self.drafter, rows, self.plan), source
+
+
+def _noisy(hidden: Tensor, source: Tensor, scale: float, draw: int) -> Tensor:
+    """Features plus (U - 0.5) scale 512 / rows of the sequence, U uniform on [0, 1); one `draw`, one noise."""
+    generator = torch.Generator(hidden.device).manual_seed(draw)
+    uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device)
+    width = scale * 512 / (source >= 0).sum(1).clamp(min=1)
+    return hidden + ((uniform - 0.5) * width[:, None, None]).to(hidden.dtype)
 
 
 class Student(nn.Module):
@@ -66,22 +86,32 @@ class Student(nn.Module):
 
     dtype  of its arithmetic. Weights may be wider: then each pass rounds them as decoding will, and the optimiser keeps
            what rounding would lose. What comes in from the target is cast to it.
+    plan   how it practises on its own output; None: not at all
+    noise  scale of what is added to the features that it reads
     """
 
-    def __init__(self, drafter: TrainedDrafter, dtype: torch.dtype) -> None:
+    def __init__(
+        self, drafter: TrainedDrafter, dtype: torch.dtype, plan: Unroll | None = None, noise: float = 0.0
+    ) -> None:
         super().__init__()
-        self.reader, self.dtype = _Reader(drafter), dtype
+        self.reader, self.dtype = _Reader(drafter, plan or Unroll(), noise), dtype
 
-    def forward(self, features: Features, next_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted features (B, m, H), and which slot each of the m rows stands for, (B, m) long, -1 at padding."""
+    def forward(self, features: Features, next_embeds: Tensor, draw: int = 0) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Predicted features of each step, (B, m, H), and which slot each row stands for, (B, m) long, -1 for none.
+
+        draw  the number that decides the noise
+        """
         features = replace(features, hidden=features.hidden.to(self.dtype), embeds=features.embeds.to(self.dtype))
         weights = {name: weight.to(self.dtype) for name, weight in self.reader.named_parameters()}
-        return functional_call(self.reader, weights, (features, next_embeds.to(self.dtype)))
+        return functional_call(self.reader, weights, (features, next_embeds.to(self.dtype), draw))
 
 
-def distil(student: Callable[..., Any], target: Target, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One pass of target and student: predicted and true features (P, H) of the positions that train."""
+def distil(student: Callable[..., Any], target: Target, batch: Batch, draw: int = 0) -> Lesson:
+    """One pass of target and student: predicted and true features of the positions that train."""
     features = target.teach(batch.inputs, batch.image)
+    row, slot = batch.slots
+    answer = torch.zeros_like(features.image)
+    answer[row, slot + 1] = True
     known = Features(
         tokens=features.tokens[:, :-1],
         hidden=features.hidden[:, :-1],
@@ -89,10 +119,12 @@ def distil(student: Callable[..., Any], target: Target, batch: Batch) -> tuple[T
         positions=features.positions[:, :-1],
         image=features.image[:, :-1],
         lengths=features.lengths - 1,
+        answer=answer[:, :-1],
     )
-    predicted, source = student(known, features.embeds[:, 1:])
-    row, slot = batch.slots
-    return predicted[row, _place(source, known.tokens.shape[1])[row, slot]], features.hidden[row, slot + 1]
+    steps, source = student(known, features.embeds[:, 1:], draw)
+    place = _place(source, known.tokens.shape[1])[row, slot]
+    steps = tuple(predicted[row, place] for predicted in steps)
+    return Lesson(steps, features.hidden[row, slot + 1], torch.stack([row, place]), tuple(source.shape))
 
 
 def _place(source: Tensor, slots: int) -> Tensor:

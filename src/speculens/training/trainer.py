@@ -2,7 +2,9 @@
 
     batch -> target.teach -> features -> student -> predicted features -> named losses -> update
 
-The target is not prepared by accelerate: every process holds a frozen copy and only the student is wrapped.
+The target is not prepared by accelerate: every process holds a frozen copy, or its share of one, and only the student
+is wrapped. What an update does is a function of the recipe and its number: how its passes are shared out among
+processes and accumulation changes nothing, and neither does being killed and resumed (docs/training.md).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,23 +26,26 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from speculens import __version__
 from speculens.checkpoints import save_drafter
 from speculens.conversation import Conversation
 from speculens.data.sources import JsonLines, Listed, Source
+from speculens.drafters import TrainedDrafter
 from speculens.errors import UserError
 from speculens.targets import Target, load_target
 from speculens.training import checkpoint
+from speculens.training.average import Average
 from speculens.training.batches import Batch, Encoder, Order, stream
 from speculens.training.checkpoint import Progress
 from speculens.training.config import Optimiser, Recipe
 from speculens.training.events import Bar, Event, Listener, Log
-from speculens.training.losses import Losses, objective
+from speculens.training.losses import Losses
 from speculens.training.measure import Exam, exam
+from speculens.training.parallel import Crew, make_accelerator, shard
 from speculens.training.student import Student, distil, make_drafter
+from speculens.training.unroll import lesson_losses
 
 # What may not change when a run goes on.
-FIXED = ("target", "drafter", "data", "seed", "batch_size", "accumulation", "dtype")
+FIXED = ("target", "drafter", "data", "seed", "batch_size", "dtype", "ema")
 
 
 def train(
@@ -56,19 +62,28 @@ def train(
     target, rows, val  in memory, in place of what the recipe names
     resume_from        a checkpoint folder, or `latest` of the recipe's output
     on_event           is called with every event that goes into the log
+    Launched as several processes (torchrun, accelerate), each calls this, and all return the folder once it is written.
     """
     output = Path(recipe.output)
     start = checkpoint.find(output, resume_from) if resume_from else None
     if start is None and (checkpoint.checkpoints(output) or (output / "last").exists()):
         raise UserError(f"{output} holds a run already: resume it (--resume-from latest) or choose another output.")
     on_cpu = target.device.type == "cpu" if target else not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = make_accelerator(on_cpu=on_cpu)
     set_seed(recipe.seed)
-    target = target or load_target(recipe.target, dtype=recipe.target_dtype, device=accelerator.device)
+    target = target or _load_target(recipe, accelerator)
+    if recipe.shard_target:
+        shard(target, accelerator)
     source = _source(rows, recipe.data.train, recipe.data.image_root)
     held_out = _source(val, [recipe.data.val] if recipe.data.val else [], recipe.data.image_root)
     questions = exam(target, held_out, recipe.eval_prompts, recipe.eval_tokens) if len(held_out) else None
     return Trainer(recipe, target, source, questions, accelerator, on_event).run(start)
+
+
+def _load_target(recipe: Recipe, accelerator: Accelerator) -> Target:
+    if recipe.shard_target:  # it may be too large for one device
+        return load_target(recipe.target, dtype=recipe.target_dtype, device_map="cpu")
+    return load_target(recipe.target, dtype=recipe.target_dtype, device=accelerator.device)
 
 
 def _source(given: Source | Sequence[Conversation] | None, paths: Sequence[str], root: str | None) -> Source:
@@ -90,22 +105,26 @@ class Trainer:
         on_event: Listener | None,
     ) -> None:
         self.recipe, self.target, self.source, self.exam = recipe, target, source, questions
-        self.accelerator, self.output = accelerator, Path(recipe.output)
+        self.accelerator, self.crew, self.output = accelerator, Crew(accelerator), Path(recipe.output)
         mixed = recipe.dtype == "mixed"
         weights = torch.float32 if mixed else getattr(torch, recipe.dtype)
         self.drafter = make_drafter(recipe.drafter, target).to(target.device, weights)
-        student = Student(self.drafter, target.dtype if mixed else weights)
+        dtype = target.dtype if mixed else weights
+        student = Student(self.drafter, dtype, recipe.unroll, recipe.feature_noise)
         optimizer = _optimizer(self.drafter, recipe.optimiser)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.average = Average(self.drafter, recipe.ema) if recipe.ema else None
         self.forward = torch.compile(self.student) if recipe.compile else self.student
         sizes = [source.size(index) for index in range(len(source))]
-        self.order = Order(sizes, recipe.batch_size, recipe.seed, accelerator.process_index, accelerator.num_processes)
-        self.progress = Progress()
+        self.order = Order(sizes, recipe.batch_size, recipe.seed, self.crew.rank, self.crew.size)
+        self.passes = recipe.accumulation * self.crew.size
+        self.progress = Progress(processes=self.crew.size)
         self.refused: Counter[str] = Counter()
-        self.listeners: list[Listener] = [on_event] if on_event else []
+        self.listeners: list[Listener] = [on_event] if on_event and accelerator.is_main_process else []
         self._tally = _Tally()
         self._since = time.monotonic()
         self._saved = self._measured = -1
+        self._barren = 0  # passes without an answer position, in a row
         self._figures: dict[str, Any] = {}
 
     def run(self, start: Path | None) -> Path:
@@ -113,71 +132,108 @@ class Trainer:
         recipe, main = self.recipe, self.accelerator.is_main_process
         if start is not None:
             self._resume(start)
-        self.order.start = self.progress.position
+        self.order.start = self.progress.position // self.crew.size
         encoder = Encoder(self.target, recipe.data.max_length)
         pin = self.target.device.type == "cuda"
         with ExitStack() as stack:
             if main:
                 self.output.mkdir(parents=True, exist_ok=True)
+                checkpoint.tidy(self.output)
                 (self.output / "recipe.yaml").write_text(recipe.to_yaml())
                 self.listeners += [Log(self.output / "log.jsonl", self.progress.step), stack.enter_context(Bar())]
             batches = stack.enter_context(stream(self.source, encoder, self.order, recipe.workers, pin=pin))
-            self._tell("start", conversations=len(self.source), batches_per_epoch=self.order.per_epoch, **_versions())
+            self._tell("start", conversations=len(self.source), batches_per_epoch=self.order.batches, **_versions())
             self._since = time.monotonic()
             while self._done() < 1:
-                self._update(batches)
-                self._after_update()
+                if self._update(batches):
+                    self._after_update()
             self._measure()
             self._save()
             folder = self._save_drafter("last")
             self._tell("end", seconds=round(self.progress.seconds, 3))
+        self.crew.wait()
         return self.output / "best" if self.exam and (self.output / "best").exists() else folder
 
     # One update
 
-    def _update(self, batches: Iterator[Batch]) -> None:
+    def _update(self, batches: Iterator[Batch]) -> bool:
+        """Learn from the mean over all answer positions of all passes of all processes; False if there were none."""
         recipe, accelerator = self.recipe, self.accelerator
         rate = self._set_rate()
+        self.drafter.anneal(self._done())
+        seen = Counter(positions=0, rows=0, refused=0)
         try:
             for part in range(recipe.accumulation):
                 last = part == recipe.accumulation - 1
+                batch = self._next(batches, seen)
                 with nullcontext() if last else accelerator.no_sync(self.student):
-                    losses = self._losses(self._next(batches))
-                    accelerator.backward(losses.total / recipe.accumulation)
-                self._tally.add(losses)
-            norm = accelerator.clip_grad_norm_(self.student.parameters(), recipe.optimiser.clip or math.inf)
-            self.optimizer.step()
+                    losses = self._losses(batch, self._draw(part))
+                    accelerator.backward(losses.total * batch.positions + self._touch())
+                self._tally.add(losses, batch.positions)
+            positions = self._agree(seen)
+            if positions:
+                self._scale_gradients(self.crew.size / positions)  # the sum of means of processes -> the mean
+                norm = accelerator.clip_grad_norm_(self.student.parameters(), recipe.optimiser.clip or math.inf)
+                self.optimizer.step()
             self.optimizer.zero_grad()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"The GPU ran out of memory at step {self.progress.step + 1} with {recipe.batch_size} conversations a "
                 "pass: lower batch_size (and raise accumulation by the same factor), chunk or data.max_length."
             ) from error
+        if not positions:
+            return False
         self._tally.add_update(norm, rate)
         self.progress.step += 1
+        if self.average:
+            self.average.follow(self.progress.step)
+        return True
+
+    def _next(self, batches: Iterator[Batch], seen: Counter[str]) -> Batch:
+        """The next batch, counted into `seen`."""
+        batch = next(batches)
+        seen.update(positions=batch.positions, rows=len(batch) if batch.positions else 0, refused=len(batch.refused))
+        self.refused.update(batch.refused)
+        return batch
+
+    def _draw(self, part: int) -> int:
+        """A number of this pass alone, by which all that is random in it is drawn, also in a resumed run."""
+        number = self.recipe.seed * 1_000_003 + self.progress.position + part * self.crew.size + self.crew.rank
+        torch.manual_seed(number)
+        return number
+
+    def _agree(self, seen: Counter[str]) -> int:
+        """Bring the progress up to date on all processes, with the main one's clock; returns all answer positions."""
         now = time.monotonic()
-        self.progress.seconds += now - self._since
+        mine = now - self._since if self.accelerator.is_main_process else 0.0
         self._since = now
+        positions, rows, refused, seconds = self.crew.total(seen["positions"], seen["rows"], seen["refused"], mine)
+        self.progress.position += self.passes
+        self.progress.rows += int(rows)
+        self.progress.seconds += seconds
+        if refused and not self.progress.refused:
+            first = self.crew.first(next(iter(self.refused), None))
+            self._tell("warning", message=f"Some conversations are refused; the first: {first}")
+        self.progress.refused += int(refused)
+        self._barren = 0 if positions else self._barren + self.passes
+        if self._barren >= self.order.batches:
+            first = self.crew.first(next(iter(self.refused), None))
+            raise UserError(f"None of the {len(self.source)} conversations can be used. The first: {first}")
+        return int(positions)
 
-    def _losses(self, batch: Batch) -> Losses:
-        student, teacher = distil(self.forward, self.target, batch.to(self.target.device))
-        terms, chunk = self.recipe.objective, self.recipe.chunk
-        return objective(student, teacher, self.target.logits, terms.weights, top=terms.top, chunk=chunk)
+    def _touch(self) -> Tensor:
+        """0, with a gradient of 0 for every weight: also for one that a pass did not use, which DDP would wait for."""
+        return 0.0 * torch.stack([weight.sum() for weight in self.drafter.parameters()]).sum()
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch with something to learn from; what was refused is counted, and said once."""
-        for _ in range(self.order.per_epoch):
-            batch = next(batches)
-            self.progress.position += 1
-            self.progress.rows += len(batch)
-            if batch.refused and not self.refused:
-                self._tell("warning", message=f"Some conversations are refused; the first: {batch.refused[0]}")
-            self.refused.update(batch.refused)
-            if batch.slots.shape[1]:
-                return batch
-            self._tell("warning", message="A batch has no answer to learn from and is skipped.")
-        reason = next(iter(self.refused), "they hold no answers")
-        raise UserError(f"None of the {len(self.source)} conversations can be used. The first: {reason}")
+    def _scale_gradients(self, scale: float) -> None:
+        for weight in self.drafter.parameters():
+            if weight.grad is not None:
+                weight.grad.mul_(scale)
+
+    def _losses(self, batch: Batch, draw: int) -> Losses:
+        recipe = self.recipe
+        lesson = distil(self.forward, self.target, batch.to(self.target.device), draw)
+        return lesson_losses(lesson, self.target.logits, recipe.objective, recipe.unroll, recipe.chunk)
 
     def _set_rate(self) -> float:
         rate = self.recipe.optimiser.lr * factor(self.recipe.optimiser, self.progress.step, self._done())
@@ -190,7 +246,7 @@ class Trainer:
         recipe = self.recipe
         if recipe.minutes is not None:
             return min(1.0, self.progress.seconds / (60 * recipe.minutes))
-        updates = recipe.steps or math.ceil((recipe.epochs or 0) * self.order.per_epoch / recipe.accumulation)
+        updates = recipe.steps or math.ceil((recipe.epochs or 0) * self.order.batches / self.passes)
         return min(1.0, self.progress.step / updates)
 
     # Between updates
@@ -209,19 +265,28 @@ class Trainer:
         figures = self._tally.take(self.accelerator)
         if not math.isfinite(figures["loss"]):
             raise UserError(f"The loss is not finite at step {self.progress.step}: lower optimiser.lr and start again.")
-        epoch = self.progress.position / self.order.per_epoch
-        self._tell("step", epoch=round(epoch, 4), done=self._done(), refused=self.refused.total(), **figures)
+        epoch = self.progress.position / self.order.batches
+        self._tell("step", epoch=round(epoch, 4), done=self._done(), refused=self.progress.refused, **figures)
 
     def _measure(self) -> None:
-        """Acceptance length by real decoding; the best drafter so far is kept."""
-        if self.exam is None or self._measured == self.progress.step or not self.accelerator.is_main_process:
+        """Acceptance length by real decoding; the best drafter so far is kept. The main process does it alone.
+
+        Only a sharded target needs everybody: each layer is gathered from all, so all decode the same in step.
+        """
+        if self.exam is None or self._measured == self.progress.step:
             return
         self._measured = self.progress.step
-        self._figures = self.exam.measure(self.drafter)
-        self._tell("eval", **self._figures)
-        if self._figures["mean_acceptance_length"] >= self.progress.best:
-            self.progress.best = self._figures["mean_acceptance_length"]
-            self._save_drafter("best")
+        if self.accelerator.is_main_process or self.recipe.shard_target:
+            self._figures = self.exam.measure(self._taught())
+            self._tell("eval", **self._figures)
+            if self._figures["mean_acceptance_length"] >= self.progress.best:
+                self.progress.best = self._figures["mean_acceptance_length"]
+                self._save_drafter("best")
+        self.crew.wait()
+
+    def _taught(self) -> TrainedDrafter:
+        """What is measured and kept."""
+        return self.average.module() if self.average else self.drafter
 
     def _save(self) -> None:
         if self._saved == self.progress.step or not self.accelerator.is_main_process:
@@ -235,13 +300,14 @@ class Trainer:
             self.recipe.to_dict(),
             self._card(),
             self.recipe.keep,
+            self.average.state if self.average else None,
         )
         self._tell("checkpoint", path=str(folder))
 
     def _save_drafter(self, name: str) -> Path:
         if self.accelerator.is_main_process:
             with checkpoint.whole(self.output / name) as partial:
-                save_drafter(self.drafter, partial, self._card())
+                save_drafter(self._taught(), partial, self._card())
         return self.output / name
 
     def _card(self) -> dict[str, Any]:
@@ -256,13 +322,17 @@ class Trainer:
         }
 
     def _resume(self, folder: Path) -> None:
-        self.progress, made_with = checkpoint.load(folder, self.drafter, self.optimizer)
+        progress, made_with = checkpoint.about(folder)
         now = self.recipe.to_dict()
         changed = [name for name in FIXED if made_with.get(name) != now[name]]
+        if made_with["accumulation"] * progress.processes != self.passes:
+            changed.append("accumulation x number of processes")
         if changed:
             raise UserError(
                 f"{folder} was made with another {', '.join(changed)}: resume with the same, or start anew."
             )
+        checkpoint.load(folder, self.drafter, self.optimizer, self.average.state if self.average else None)
+        self.progress = replace(progress, processes=self.crew.size)
         self._saved = self.progress.step
 
     def _tell(self, event: str, **values: Any) -> None:
@@ -281,22 +351,25 @@ class _Tally:
         self._names: list[str] = []
         self._sum: Tensor | float = 0.0
         self._norm: Tensor | float = 0.0
-        self._passes = self._updates = 0
+        self._positions = self._updates = 0
         self._rate, self._since = 0.0, time.monotonic()
 
-    def add(self, losses: Losses) -> None:
+    def add(self, losses: Losses, positions: int) -> None:
         """One pass."""
         self._names = ["loss", *losses.terms, "agreement"]
-        self._sum = self._sum + torch.stack([losses.total.detach(), *losses.terms.values(), losses.agreement])
-        self._passes += 1
+        means = torch.stack([losses.total.detach(), *losses.terms.values(), losses.agreement])
+        self._sum = self._sum + means * positions
+        self._positions += positions
 
     def add_update(self, norm: Tensor | None, rate: float) -> None:
         self._norm = self._norm + (0.0 if norm is None else norm.detach())
         self._rate, self._updates = rate, self._updates + 1
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over passes and updates; one host read. Starts anew."""
-        mean = accelerator.reduce(torch.as_tensor(self._sum) / self._passes, "mean").tolist()
+        """Means over answer positions and updates; one host read. Starts anew."""
+        sums = torch.as_tensor(self._sum)
+        *sums, positions = accelerator.reduce(torch.cat([sums, sums.new_tensor([self._positions])]), "sum").tolist()
+        mean = [value / positions for value in sums]
         pace = self._updates / max(time.monotonic() - self._since, 1e-9)
         figures = dict(zip(self._names, mean, strict=True)) | {
             "grad_norm": float(self._norm) / self._updates,
@@ -323,8 +396,8 @@ def _optimizer(drafter: torch.nn.Module, recipe: Optimiser) -> torch.optim.AdamW
 
 def _versions() -> dict[str, str]:
     """What made this drafter: versions, and the commit of this package where it stands in a repository."""
-    found = {"speculens": __version__, "python": platform.python_version()}
-    found |= {name: version(name) for name in ("torch", "transformers")}
+    found = {"python": platform.python_version()}
+    found |= {name: version(name) for name in ("speculens", "torch", "transformers")}
     here = Path(__file__).parent
     try:  # asked for this folder, so that the repository around an installed copy does not answer
         git = ["git", "-C", str(here), "log", "-1", "--format=%H", "--", "."]

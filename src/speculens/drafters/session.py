@@ -1,0 +1,117 @@
+"""A trained drafter at work: its own KV cache, draft trees by self-feeding, re-entry of what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from speculens.cache import SlotCache
+from speculens.drafters.base import Lender
+from speculens.drafters.config import DrafterConfig
+from speculens.drafters.grow import grow
+from speculens.drafters.layer import Attend, causal_attention, masked_attention
+from speculens.drafters.rows import Rows
+from speculens.errors import UserError
+from speculens.features import Features
+from speculens.tree import DraftTree, TreeShape, tree_mask
+
+
+class Head(Protocol):
+    """What a session asks of a method: its view of the prompt, and its layer over rows."""
+
+    config: DrafterConfig
+
+    def view(self, features: Features, next_embeds: Tensor) -> Rows: ...
+
+    def __call__(self, rows: Rows, attend: Attend = ..., step: int = 0) -> Tensor: ...
+
+
+class HeadSession:
+    """Drafter KV of true target features only; what is drafted lives in scratch columns above it."""
+
+    def __init__(self, drafter: Head, target: Lender, slots: int, capacity: int, shape: TreeShape) -> None:
+        config = drafter.config
+        self.drafter, self.target, self.shape = drafter, target, shape
+        self.nodes = shape.nodes
+        if shape.topk > target.vocab_size:
+            raise UserError(f"topk {shape.topk} is larger than the vocabulary of {target.vocab_size}.")
+        self.cache = SlotCache(
+            slots=slots,
+            capacity=capacity + shape.levels + 1 + shape.num_steps * shape.topk,
+            heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            dtype=target.dtype,
+            devices=[target.device],
+        )
+        self._hidden = torch.zeros(slots, target.hidden_size, dtype=target.dtype, device=target.device)
+        self._position = torch.zeros(slots, dtype=torch.long, device=target.device)
+        self._memory = torch.zeros_like(self._hidden)
+
+    @torch.no_grad()
+    def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
+        """Prefill the drafter on its view of the prompt; returns what the view noted."""
+        next_embeds = torch.cat([features.embeds[:, 1:], self.target.embed(first)[:, None]], dim=1)
+        rows = self.drafter.view(features, next_embeds)
+        count = rows.positions.shape[1]
+        with self.cache.opening() as row:
+            self.cache.aim(range(row, row + 1), count)
+            output = self.drafter(rows, self._causal)
+            self.cache.commit(range(row, row + 1), [count])
+        self._hidden[row] = output[0, -1]
+        self._position[row] = rows.positions[0, -1] + 1
+        if rows.memory is not None:
+            self._memory[row] = rows.memory[0, -1]
+        return rows.notes[0] if rows.notes else None
+
+    @torch.no_grad()
+    def draft(self, roots: Tensor) -> DraftTree:
+        return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, self.shape)
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
+        """Accepted tokens re-enter with the target's own features; KV of drafted features is overwritten."""
+        batch, width = len(counts), max(counts)
+        offsets = torch.arange(width, device=tokens.device)
+        before = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril().expand(batch, -1, -1)
+        rows = self._rows(tokens[:, :width], hidden[:, :width], self._position[:batch, None] + offsets)
+        output = self._run(rows, 0, before, step=0)
+        self.cache.commit(range(batch), counts)
+        taken = torch.tensor(counts, device=tokens.device)
+        self._hidden[:batch] = output[torch.arange(batch, device=tokens.device), taken - 1]
+        self._position[:batch] += taken
+
+    def free(self, row: int) -> None:
+        last = self.cache.running - 1
+        self._hidden[row] = self._hidden[last]
+        self._position[row] = self._position[last]
+        self._memory[row] = self._memory[last]
+        self.cache.free(row)
+
+    def _propose(self, hidden: Tensor) -> Tensor:
+        return self.target.logits(hidden).float().log_softmax(-1)
+
+    def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
+        """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
+        positions = (self._position[: len(tokens), None] + level).expand_as(tokens)
+        return self._run(self._rows(tokens, hidden, positions), level * self.shape.topk, lineage, step=level + 1)
+
+    def _rows(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Rows:
+        memory = self._memory[: len(tokens), None].expand_as(hidden)
+        return Rows(self.target.embed(tokens), hidden, positions, memory=memory)
+
+    def _run(self, rows: Rows, start: int, newest: Tensor, step: int) -> Tensor:
+        """The layer over new columns `start` .. of every running slot; newest (B, m, M) masks the M newest columns."""
+        batch, width = rows.positions.shape
+        self.cache.aim(range(batch), width, start)
+        allowed = tree_mask(self.cache.lengths[:batch], newest, self.cache.columns)
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return masked_attention(queries, *self.cache.write(0, keys, values), allowed)
+
+        return self.drafter(rows, attend, step)
+
+    def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return causal_attention(queries, *self.cache.write(0, keys, values))
