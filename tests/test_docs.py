@@ -103,10 +103,12 @@ def test_snippets_parse_and_import_what_exists(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in {"LOG.md", "CHANGELOG.md"}], ids=name)
 def test_files_named_in_code_style_exist(page):
-    """`targets/base.py` in prose is in the package or the repository; the two histories may name what is gone."""
+    """`targets/base.py` in prose is in the package, the repository or beside the page; histories name what is gone."""
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     named = set(re.findall(r"`([a-z][\w/.-]*\.(?:py|toml|yaml|md))`", prose))
-    missing = [file for file in sorted(named) if not any((base / file).exists() for base in (ROOT, PACKAGE))]
+    missing = [
+        file for file in sorted(named) if not any((base / file).exists() for base in (ROOT, PACKAGE, page.parent))
+    ]
     assert [file for file in missing if "NAME" not in file] == []
 
 

@@ -37,7 +37,7 @@ class EagleDrafter(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(config)])
 
     @classmethod
-    def settle(cls, options: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    def settle(cls, options: Mapping[str, Any], model: Any) -> dict[str, Any]:  # noqa: ARG003 - some methods ask it
         """A recipe's options with all that the target decides; `model` is the config of the target's model."""
         return dict(options)
 
@@ -91,5 +91,3 @@ def check_fit(config: DrafterConfig, target: Lender) -> None:
     ):
         if made_for != given:
             raise UserError(f"This drafter was made for a target of {what} {made_for}, but this target has {given}.")
-
-
