@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import tiny
 from speculens.conversation import Conversation
 from speculens.targets import Target
-from speculens.training import train
+from speculens.training import disband, train
 from speculens.training.config import Recipe, read_recipe
 
 ANSWERS = ["Yes.", "No, " * 20, "Three bars and a legend.", None, "Two. " * 9, None, "A small red square."]
@@ -84,6 +84,7 @@ def main(folder: str, names: str, workers: str = "0") -> None:
     torch.set_num_threads(1)
     for name in names.split(","):
         run(Path(folder) / name, **PLANS[name], workers=int(workers))
+    disband()
 
 
 if __name__ == "__main__":

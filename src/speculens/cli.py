@@ -542,6 +542,7 @@ def train(
         return
     screen = Screen(quiet=json)
     made = training.train(plan, resume_from=resume_from, on_event=_print_json if json else screen.event)
+    training.disband()
     if os.environ.get("RANK", "0") != "0":  # of the processes of one run, the first speaks
         return
     screen.say(f"The drafter is in {made}.")

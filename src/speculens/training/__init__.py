@@ -1,6 +1,7 @@
 """Training: a frozen target teaches a drafter. No method and no family is named here."""
 
 from speculens.training.config import Recipe, load_recipe
+from speculens.training.parallel import disband
 from speculens.training.trainer import train
 
-__all__ = ["Recipe", "load_recipe", "train"]
+__all__ = ["Recipe", "disband", "load_recipe", "train"]

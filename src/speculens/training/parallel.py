@@ -33,6 +33,16 @@ def make_accelerator(*, on_cpu: bool) -> Accelerator:
     return accelerator
 
 
+def disband() -> None:
+    """Leave the group of processes, after the last run of this one; without a group, nothing.
+
+    A process that ends with gloo's threads still running is aborted now and then, its work done.
+    """
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 class Crew:
     """The processes of a run."""
 
