@@ -66,6 +66,12 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a t
 IMAGE_ROOT_HELP = "Where relative picture paths start; default: the folder of the file that names them."
 DRAFTER_HELP = "Folder or hub id of a drafter, `lookup` or `none`."
 TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
+Numbers = Annotated[Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
+DeviceMap = Annotated[str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,16 +173,10 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     stop: Annotated[
         list[str] | None, typer.Option(help="End after this text; may be repeated.", rich_help_panel=SAMPLING)
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)
-    ] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
-    ] = None,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
     revision: Revision = None,
 ) -> None:
     """Answer a question about pictures, as the target itself would, sooner."""
@@ -455,16 +455,10 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
     seed: Annotated[
         int | None, typer.Option(help="Default 0; each row's own is made from it.", rich_help_panel=SAMPLING)
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)
-    ] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
-    ] = None,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
