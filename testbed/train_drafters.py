@@ -3,8 +3,8 @@
     python -m testbed.train_drafters --weights DIR --data DIR --out DIR --scratch DIR [section.key=value ...]
 
 --weights holds the targets (llava/, qwen2_5_vl/), --data one data set for each (the same names, made by
-`testbed.make_data`). Each run is `speculens train -c recipes/testbed/METHOD.yaml`; OUT/FAMILY-METHOD gets the drafter
-and OUT/FAMILY-METHOD.log what the run said.
+`testbed.make_data`). Each run is `speculens train -c recipes/testbed/METHOD.yaml`, or with --run NAME one of
+recipes/testbed/ablations.yaml; OUT/FAMILY-NAME gets the drafter and OUT/FAMILY-NAME.log what the run said.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import yaml
 
 from testbed import models
 
@@ -48,7 +50,7 @@ def start(family: str, gpu: int, options: argparse.Namespace, overrides: list[st
         "PYTHONPATH": str(ROOT / "src"),
         "PYTHONUNBUFFERED": "1",
     }
-    with (options.out / f"{family}-{options.method}.log").open("w") as log:
+    with (options.out / f"{family}-{options.run}.log").open("w") as log:
         return subprocess.Popen(  # noqa: S603
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -61,11 +63,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True, help="checkpoints, emptied first")
-    parser.add_argument("--method", default="eaglevlm")
-    parser.add_argument("--minutes", type=float, default=2.2)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--method", default="eaglevlm", help="a recipe of recipes/testbed")
+    chosen.add_argument("--run", help="a name from recipes/testbed/ablations.yaml")
+    parser.add_argument("--minutes", type=float, default=2.2, help="of one unit of training")
     parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))
     parser.add_argument("--gpus", type=int, default=2)
     options, overrides = parser.parse_known_args()
+    if options.run:
+        planned = yaml.safe_load((ROOT / "recipes/testbed/ablations.yaml").read_text())[options.run]
+        options.method, overrides = planned["method"], [*planned.get("set", []), *overrides]
+        options.minutes *= planned.get("units", 1)
+    options.run = options.run or options.method
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.scratch, ignore_errors=True)
     deadline = time.monotonic() + options.minutes * 60 + GRACE
@@ -89,7 +98,7 @@ def main() -> None:
 
 def _deliver(family: str, options: argparse.Namespace) -> None:
     """Copy a finished run's drafter and log at once: whoever waits for the other run may be cut off."""
-    name = f"{family}-{options.method}"
+    name = f"{family}-{options.run}"
     print(f"{name}\n" + "\n".join((options.out / f"{name}.log").read_text().splitlines()[-4:]), flush=True)
     run = options.scratch / family
     made = next((folder for part in ("best", "last") if (folder := run / part).is_dir()), None)

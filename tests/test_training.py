@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
-from speculens.checkpoints import load_drafter
+from speculens.checkpoints import load_drafter, save_drafter
 from speculens.conversation import Conversation, Message
 from speculens.data.sources import JsonLines, Listed
 from speculens.engine import Engine
@@ -25,6 +25,7 @@ from speculens.targets import Target
 from speculens.training import Recipe, checkpoint, load_recipe, train
 from speculens.training.batches import Encoder, Order, collate, stream, trains
 from speculens.training.config import Optimiser, read_recipe
+from speculens.training.student import make_drafter
 from speculens.training.trainer import factor
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,23 @@ def events_of(output: Path, kind: str) -> list[dict]:
 def test_the_shipped_recipes_are_complete():
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert read_recipe(yaml.safe_load(load_recipe(path).to_yaml())) == load_recipe(path)
+
+
+ABLATIONS = yaml.safe_load((ROOT / "recipes/testbed/ablations.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_planned_run_is_a_recipe_that_makes_a_drafter(name, tmp_path):
+    """Its change is of something that the recipe says or that has a default, and the saved drafter knows it."""
+    run = ABLATIONS[name]
+    assert set(run) <= {"method", "set", "units", "claim"}
+    path = ROOT / f"recipes/testbed/{run['method']}.yaml"
+    usual, made = (load_recipe(path, ["drafter.init_from=null", *more]) for more in ([], run.get("set", [])))
+    assert (made == usual) == ("set" not in run)
+    drafter = make_drafter(made.drafter, speaker("llava"))
+    saved = load_drafter(save_drafter(drafter, tmp_path))
+    assert saved.config == drafter.config
+    assert all(saved.config.options[key] == value for key, value in made.drafter.options.items() if value != "auto")
 
 
 def test_overrides_reach_every_section():
