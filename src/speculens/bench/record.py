@@ -34,6 +34,7 @@ class Record:
     answers                       by contender; the texts themselves without their runs
     gaps                          by contender whose tokens differ: between the target's two best choices where they do
     memory                        by contender: peak bytes on the device meanwhile; None where there is no device
+    failures                      by contender without an answer: why
     """
 
     case: str
@@ -44,11 +45,12 @@ class Record:
     answers: Mapping[str, Answer]
     gaps: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """Plain JSON types."""
         answers = {name: _answer_row(answer) for name, answer in self.answers.items()}
-        return {**vars(self), "answers": answers, "gaps": dict(self.gaps), "memory": dict(self.memory)}
+        return {**vars(self), "answers": answers}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Record:
@@ -105,6 +107,10 @@ class RunFolder:
     def has(self, name: str) -> bool:
         """Whether one of the JSON files is written."""
         return (self.path / f"{name}.json").exists()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the JSON files."""
+        return read_json(self.path / f"{name}.json")
 
     def journal(self) -> Journal:
         """The records, to be added to."""
