@@ -623,6 +623,24 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
         _print_json({"run": str(out), **summary, "versions": _versions()})
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `bench` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the first run.")] = None,
+    json: Json = False,
+) -> None:
+    """Draw what `bench` measured: one page that needs nothing else, and its plots as PNG."""
+    from speculens.bench.report import read_run, write_report
+    from speculens.show import Screen
+
+    page, *pictures = write_report([read_run(run) for run in runs], out or runs[0] / "report.html")
+    Screen(quiet=json).say(
+        f"The page: {page}; the plots: {pictures[0].parent if len(runs) == 1 else page.parent / 'plots'}"
+    )
+    if json:
+        _print_json({"page": str(page), "plots": [str(file) for file in pictures]})
+
+
 def _lengths(lengths: Mapping[str, float]) -> str:
     from speculens.bench.tables import labels
 

@@ -60,7 +60,8 @@ class Screen:
         self.say(tables.about(summary), "bold")
         for line in (*tables.exactness(summary), *tables.failures(summary)):
             self.say(line)
-        self._rows(tables.HEADINGS, tables.rows(summary))
+        self._rows(tables.SPEED_HEADINGS, tables.speed_rows(summary))
+        self._rows(tables.PASS_HEADINGS, tables.pass_rows(summary))
         if tables.has_peers(summary):
             self.say(tables.OTHER_LOOP, "dim")
         if len(summary["topics"]) > 1:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from speculens import html
 from speculens.answer import Answer, Entry, ask
 from speculens.bench.record import NONE, Record, RunFolder
 from speculens.bench.suites import Case
@@ -244,7 +245,15 @@ class Bench:
                         vision.clear()
                     answers.append(ask(engine, prompt, sampling))
             costs[name] = _costs(answers, sum(vision))
-        return {"costs": costs, "walk": {"case": cases[0].name if cases else None, "steps": walks}}
+        return {"costs": costs, "walk": {**self._shown(cases[0]), "steps": walks} if cases else {"steps": {}}}
+
+    def _shown(self, case: Case) -> dict[str, Any]:
+        """What a reader of the walk must see: the first question and its first picture."""
+        _, (question, *_) = self._questions(case)
+        texts = [part for part in question.content if isinstance(part, str)]
+        pictures = [part for part in question.content if not isinstance(part, str)]
+        picture = html.data_uri(pictures[0]) if pictures else None
+        return {"case": case.name, "question": " ".join(texts), "picture": picture}
 
 
 def gap(target: Target, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> float:

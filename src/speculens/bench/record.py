@@ -9,7 +9,7 @@ summary.json    every figure
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,11 @@ class RunFolder:
             self._check(read_json(found))
 
     def _check(self, before: Mapping[str, Any]) -> None:
-        for key in sorted({*before, *self._setting}):
-            was, now = before.get(key), self._setting.get(key)
-            if was != now:
+        was, now = dict(_leaves(before)), dict(_leaves(self._setting))
+        for key in sorted({*was, *now}):
+            if was.get(key) != now.get(key):
                 raise UserError(
-                    f"The run in {self.path} was made with {key} {json.dumps(was)}, not {json.dumps(now)}: go on as it "
+                    f"The run in {self.path} was made with {key} {was.get(key)!r}, not {now.get(key)!r}: go on as it "
                     "was begun, or choose another folder."
                 )
 
@@ -123,6 +123,15 @@ class RunFolder:
         fresh = file.with_suffix(".tmp")
         fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return fresh.replace(file)
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value under its dotted name, so that a difference can be named."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -11,23 +11,22 @@ from speculens.bench.figures import POOLED
 from speculens.bench.measure import OWN_LOOP
 from speculens.bench.record import NONE
 
-HEADINGS = (
+SPEED_HEADINGS = ("drafter", "exact", "speedup", "95 % interval", "median (quartiles)", "decoding alone", "tokens/s")
+PASS_HEADINGS = (
     "drafter",
-    "exact",
-    "speedup",
-    "95 % interval",
-    "median (quartiles)",
-    "decoding alone",
     "acceptance length",
     "without bonus",
     "efficiency",
-    "tokens/s",
+    "ms a pass",
     "first token",
     "drafting",
+    "drafter prefill",
+    "peak memory",
 )
 TOPIC_HEADINGS = ("topic", "questions", "drafter", "exact", "speedup", "decoding alone", "length", "without bonus")
 MARK = "*"
 OTHER_LOOP = f"{MARK} in a loop of its own, so its speedup is not against the same loop."
+UNKNOWN = "–"
 MOST = 5  # differences that are told one by one
 
 Summary = Mapping[str, Any]
@@ -70,11 +69,20 @@ def failures(summary: Summary) -> list[str]:
     return lines
 
 
-def rows(summary: Summary) -> list[tuple[str, ...]]:
-    """The table of drafters, under `HEADINGS`."""
+def speed_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """How fast, under `SPEED_HEADINGS`."""
+    return [_speed(label, line) for label, line in _lines(summary)]
+
+
+def pass_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """What a pass brings and costs, under `PASS_HEADINGS`."""
+    return [_pass(label, line) for label, line in _lines(summary)]
+
+
+def _lines(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
     names = labels(list(summary["drafters"]))
     return [
-        _row(_marked(names[name], about), about[POOLED]) for name, about in summary["drafters"].items() if about[POOLED]
+        (_marked(names[name], about), about[POOLED]) for name, about in summary["drafters"].items() if about[POOLED]
     ]
 
 
@@ -118,21 +126,30 @@ def _marked(label: str, about: Mapping[str, Any]) -> str:
     return label if about["loop"] == OWN_LOOP else f"{label}{MARK}"
 
 
-def _row(label: str, line: Mapping[str, Any]) -> tuple[str, ...]:
+def _speed(label: str, line: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = line["walltime_speedup_quartiles"]
     interval = line["walltime_speedup_interval"]
-    share = line.get("draft_time_fraction")
     return (
         label,
         f"{line['exact']:.3f}",
         f"{line['walltime_speedup']:.2f}×",
-        f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "",
+        f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else UNKNOWN,
         f"{line['walltime_speedup_median']:.2f} ({low:.2f}–{high:.2f})",
         f"{line['decode_speedup']:.2f}×",
+        f"{line['tokens_per_second']:.1f}",
+    )
+
+
+def _pass(label: str, line: Mapping[str, Any]) -> tuple[str, ...]:
+    share, prefill, memory = (line.get(key) for key in ("draft_time_fraction", "drafter_prefill_ratio", "peak_memory"))
+    return (
+        label,
         f"{line['mean_acceptance_length']:.2f}",
         f"{line['mean_accepted_tokens']:.2f}",
         f"{line['efficiency']:.2f}",
-        f"{line['tokens_per_second']:.1f}",
+        f"{1e3 * line['seconds_per_pass']:.1f}",
         f"{1e3 * line['time_to_first_token']:.0f} ms",
-        "" if share is None else f"{share:.0%}",
+        UNKNOWN if share is None else f"{share:.0%}",
+        UNKNOWN if prefill is None else f"{prefill:.1%}",
+        UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB",
     )
