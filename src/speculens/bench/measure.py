@@ -149,19 +149,23 @@ class Bench:
         return usable
 
     def _room(self, case: Case) -> int:
-        """Rows that a case may fill: all of its questions, and an answer of full length to each."""
+        """Rows that a case may fill: all of its questions, and an answer of full length to each.
+
+        Earlier answers are counted twice where there is room: encoded again, a text may become more tokens.
+        """
         conversation, questions = self._questions(case)
         for number, question in enumerate(questions):
             if number:
                 conversation = conversation.then("assistant", ".")
             conversation = conversation.then(question.role, *question.content)
-        rows = len(self.target.encode(conversation)) + self.asking.max_new_tokens * len(questions)
+        longest = self.asking.max_new_tokens
+        rows = len(self.target.encode(conversation)) + longest * len(questions)
         if rows > self._limit:
             raise UserError(
                 f"{case.name} may need {rows} rows, its answers included, and there is room for {self._limit}: lower "
                 "--max-new-tokens, or raise --max-model-len up to the target's context."
             )
-        return rows
+        return min(rows + longest * (len(questions) - 1), self._limit)
 
     def _questions(self, case: Case) -> tuple[Conversation, list[Message]]:
         return self.asking.questions(case.name, case.conversation())
