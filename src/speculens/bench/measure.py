@@ -24,6 +24,7 @@ from speculens.answer import Answer, Entry, ask
 from speculens.bench.record import NONE, Record, RunFolder
 from speculens.bench.suites import Case
 from speculens.conversation import Conversation, Message
+from speculens.data.journal import Journal
 from speculens.data.respond import Asking
 from speculens.drafters import Drafter, NoDrafter
 from speculens.engine import Engine, Step
@@ -112,27 +113,28 @@ class Bench:
     def run(self, folder: RunFolder, on_progress: OnProgress = lambda _: None) -> None:
         """Measure every case that the folder does not hold yet, then look closer at the first few."""
         with folder.journal() as journal:
-            todo = [(number, case) for number, case in enumerate(self.cases) if case.name not in journal]
-            done, total = len(self.cases) - len(todo), len(self.cases)
-            on_progress(Progress(done, total))
-            usable = self._survey(todo)
-            passes: dict[str, Stats] = {}
-            for number, case, contenders in self._in_turn(usable):
-                try:
-                    turns = list(self._measure(case, contenders))
-                except UserError as error:
-                    self.errors[case.name] = str(error)
-                    continue
-                journal.add({"id": case.name, "number": number, "turns": [record.to_row() for record in turns]})
-                for name in self.drafters:
-                    new = (record.answers[name].generation.stats for record in turns)
-                    passes[name] = Stats.total([passes.get(name, Stats()), *new])
-                done += 1
-                lengths = {name: stats.mean_acceptance_length for name, stats in passes.items() if name != NONE}
-                on_progress(Progress(done, total, lengths))
+            self._measure_all(journal, on_progress)
         if not folder.has("closer"):
             near = self._survey(list(enumerate(self.cases[:CLOSER])))
             folder.write("closer", self._look_closer([case for _, case in near]))
+
+    def _measure_all(self, journal: Journal, on_progress: OnProgress) -> None:
+        todo = [(number, case) for number, case in enumerate(self.cases) if case.name not in journal]
+        done, total = len(self.cases) - len(todo), len(self.cases)
+        on_progress(Progress(done, total))
+        passes = {name: Stats() for name in self.drafters if name != NONE}
+        for number, case, contenders in self._in_turn(self._survey(todo)):
+            try:
+                turns = list(self._measure(case, contenders))
+            except UserError as error:
+                self.errors[case.name] = str(error)
+                continue
+            journal.add({"id": case.name, "number": number, "turns": [record.to_row() for record in turns]})
+            for name, before in passes.items():
+                passes[name] = Stats.total([before, *(record.answers[name].generation.stats for record in turns)])
+            done += 1
+            lengths = {name: stats.mean_acceptance_length for name, stats in passes.items()}
+            on_progress(Progress(done, total, lengths))
 
     # Before
 
