@@ -26,7 +26,7 @@ from speculens.engine import Generation
 from speculens.stats import Stats
 from speculens.targets import Target
 
-TOKENS = 10
+TOKENS = 6
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,22 @@ def test_everybody_answers_every_turn_and_says_what_the_target_says(bench, targe
         assert (record.prompt_tokens, record.image_tokens) == (len(prompt), int(prompt.image.sum()))
         conversation = conversation.then("assistant", wanted.text.lstrip()).then("user", "Are you sure?")
     assert all(not record.gaps for record in records)
+
+
+def test_sampled_answers_are_the_targets_too_and_every_question_has_a_seed_of_its_own(
+    target, drafters, questions, tmp_path
+):
+    cases = [
+        replace(case, row={**case.row, "turns": ["Describe it."], "image": "0.png"})
+        for case in suites.load_suite("mmspec", [questions])[:2]
+    ]
+    bench = Bench(target, drafters, cases, Asking(temperature=1.0, max_new_tokens=TOKENS))
+    bench.run(begin(bench, tmp_path))
+    said = [
+        {tuple(answer.generation.tokens) for answer in record.answers.values()} for record in read_records(tmp_path)
+    ]
+    assert [len(answers) for answers in said] == [1, 1]
+    assert said[0] != said[1]
 
 
 def test_the_order_turns_round_from_case_to_case(target, questions, tmp_path):
@@ -219,7 +235,7 @@ def test_a_run_is_gone_on_with_under_its_own_setting_only(bench, target, drafter
     with pytest.raises(UserError, match=r"holds a run already: go on with it by --resume"):
         begin(bench, tmp_path / "run")
     other = Bench(target, drafters, bench.cases, Asking(temperature=0, max_new_tokens=TOKENS + 1))
-    with pytest.raises(UserError, match=r"made with asking\.max_new_tokens 10, not 11"):
+    with pytest.raises(UserError, match=r"made with asking\.max_new_tokens 6, not 7"):
         begin(other, tmp_path / "run", resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").touch()

@@ -29,7 +29,7 @@ from speculens.data.respond import Asking
 from speculens.drafters import Drafter, NoDrafter
 from speculens.engine import Engine, Step
 from speculens.errors import UserError
-from speculens.sampling import Sampling, gumbel, process
+from speculens.sampling import Sampling, gumbel
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target
 from speculens.tree import DraftTree, TreeShape
@@ -263,19 +263,19 @@ class Bench:
 
 
 def gap(target: Target, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> float:
-    """How far apart the target's two best choices are after `tokens`: of logits if greedy, else with the draw's noise.
+    """How far apart the target's two best choices are after `tokens`: logits, or with temperature and noise if sampled.
 
-    Where answers part at a gap within the rounding of the dtype, either is right; a wide gap means a mistake.
+    Where answers part at a gap within the rounding of the dtype, either is right; a wide gap means a mistake. What
+    top_k and top_p would filter is looked at, too.
     """
     session = target.session(slots=1, capacity=len(prompt) + len(tokens))
     logits, _ = session.prefill(prompt)
     if tokens:
-        logits = session.score(DraftTree.chain(torch.tensor([list(tokens)], device=target.device)))[0][:, -1:]
-    root = DraftTree.root(torch.zeros(1, dtype=torch.long, device=target.device))
-    scores = process(logits.float(), sampling, root, [[*prompt.ids.tolist(), *tokens][:-1]])[0, 0]
+        logits, _ = session.score(DraftTree.chain(torch.tensor([list(tokens)], device=target.device)))
+    scores = logits[0, -1].float()
     if sampling.temperature > 0:
         seed, position = (torch.tensor(number, device=target.device) for number in (sampling.seed, len(tokens)))
-        scores = scores + gumbel(seed, position, len(scores))
+        scores = scores / sampling.temperature + gumbel(seed, position, len(scores))
     best, second = scores.topk(2).values.tolist()
     return float(best - second)
 
