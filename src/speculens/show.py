@@ -15,6 +15,7 @@ from rich.text import Text
 from speculens.answer import Answer, Entry, Run
 from speculens.bench import tables
 
+WIDE = 120  # columns of a file or a pipe, which has no width of its own
 DRAFTED = "green"  # the style of drafted tokens that the target kept
 # A model may say anything; escape sequences among it must not reach the terminal.
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
@@ -25,6 +26,8 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = Console(highlight=False, quiet=quiet)
+        if not self._out.is_terminal:
+            self._out.width = WIDE
         self._aside = Console(highlight=False, quiet=quiet, stderr=True)
         self.quiet = quiet
 

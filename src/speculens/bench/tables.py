@@ -11,16 +11,26 @@ from speculens.bench.figures import POOLED
 from speculens.bench.measure import OWN_LOOP
 from speculens.bench.record import NONE
 
-SPEED_HEADINGS = ("drafter", "exact", "speedup", "95 % interval", "median (quartiles)", "decoding alone", "tokens/s")
+SPEED_HEADINGS = (
+    "drafter",
+    "exact",
+    "speedup",
+    "95\u00a0% interval",
+    "median (quartiles)",
+    "decoding alone",
+    "tokens/s",
+)
+# Length is tokens per pass, bonus included; draft share that of decoding time; prefill share the rows of the drafter's
+# prefill over those of the target's.
 PASS_HEADINGS = (
     "drafter",
-    "acceptance length",
+    "length",
     "without bonus",
     "efficiency",
-    "ms a pass",
+    "ms a\u00a0pass",
     "first token",
-    "drafting",
-    "drafter prefill",
+    "draft share",
+    "prefill share",
     "peak memory",
 )
 TOPIC_HEADINGS = ("topic", "drafter", "questions", "exact", "speedup", "decoding alone", "length", "without bonus")
