@@ -532,6 +532,15 @@ def test_bench_writes_a_run_and_says_exactness_first(measured, capsys):
     assert {"drafter_prefill_ratio", "draft_time_fraction", "peak_memory"} <= about["all"].keys()
 
 
+def test_where_nothing_can_be_measured_there_is_a_sentence(measured, tmp_path, capsys):
+    _, words = measured
+    (tmp_path / "mmspec.jsonl").write_text('{"id": "lost", "image": "lost.png", "turns": ["?"]}\n')
+    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    del words[words.index("--data") : words.index("--data") + 2]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("speculens: Nothing could be measured: Row 'lost': ")
+
+
 def test_a_report_needs_nothing_else(measured, capsys):
     shelf, _ = measured
     assert cli.main(["report", str(shelf / "run")]) == 0

@@ -626,6 +626,8 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     with screen.progress("cases") as tell:
         measured.run(folder, lambda at: tell(at.done, at.total, _lengths(at.lengths)))
     summary = conclude(folder, measured.errors)
+    if not summary["questions"]:
+        raise UserError(f"Nothing could be measured: {next(iter(measured.errors.values()), 'the suite is empty.')}")
     screen.measured(summary)
     screen.aside(f"Records and figures: {out}. A page of them: speculens report {out}")
     if json:

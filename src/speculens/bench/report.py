@@ -72,8 +72,8 @@ def _run(run: Run, made: Sequence[plots.Plot], *, alone: bool) -> Iterator[str]:
     yield from html.table("Passes", tables.PASS_HEADINGS, tables.pass_rows(summary))
     yield (
         '<p class="about">Length is tokens per pass of the target, its own at the end included, and without. '
-        "Efficiency is speedup over length: 1 would be free drafting. Draft share is that of decoding time; prefill share is the "
-        "rows of the drafter's prefill over those of the target's.</p>"
+        "Efficiency is speedup over length: 1 would be free drafting. Draft share is that of decoding time; prefill "
+        "share is the rows of the drafter's prefill over those of the target's.</p>"
     )
     yield '<div class="plots">'
     for plot in made:
