@@ -1,0 +1,364 @@
+/* The page: what the reader does goes to the server, what comes back goes onto the screen. Nothing is stored. */
+
+import { chat, model, Refusal } from "./api.js";
+import { read, show, thumbnail } from "./pictures.js";
+import { parting, Run } from "./run.js";
+import { drawStrip, drawTree, label } from "./tree.js";
+
+const at = (id) => document.getElementById(id);
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+let key = ""; // of the server, in memory only
+let served = { id: "", speculens: {} }; // what the server said of its model
+let pictures = []; // of the next question
+let messages = []; // of the conversation, as the server wants them
+let running; // the AbortController of the request under way
+let shown = new Run(); // whose trees the reader walks through
+
+// --- the model, and the key that it may ask for
+
+async function meet() {
+  try {
+    served = await model(key);
+    at("model").textContent = describe(served);
+    at("compare").closest("label").hidden = served.speculens?.baseline === false;
+    document.title = `${served.id} · speculens`;
+    return true;
+  } catch (error) {
+    at("model").textContent = "";
+    refused(error);
+    return false;
+  }
+}
+
+function describe({ id, speculens: { family, drafter, tree, max_model_len: length } = {} }) {
+  const nodes = tree?.num_draft_tokens;
+  return [
+    id,
+    family,
+    drafter && `drafter ${drafter}`,
+    nodes && `tree of ${nodes} nodes`,
+    length && `${length.toLocaleString("en")} tokens of context`,
+  ].filter(Boolean).join(" · ");
+}
+
+function refused(error) {
+  const asksForKey = error.status === 401;
+  tell(asksForKey && !key ? "" : error.message);
+  if (!asksForKey) return;
+  at("door").hidden = false;
+  at("key").focus();
+}
+
+function tell(sentence) {
+  at("error").textContent = sentence;
+}
+
+at("door").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  key = at("key").value;
+  at("key").value = "";
+  at("door").hidden = true;
+  tell("");
+  if (!await meet()) return;
+  if (at("question").value.trim()) ask();
+  else at("question").focus();
+});
+
+// --- pictures
+
+async function add(files) {
+  tell("");
+  const notes = [];
+  for (const file of files) {
+    const most = served.speculens?.max_images ?? Infinity;
+    try {
+      if (pictures.length >= most) throw new Error(`This server takes at most ${most} pictures a question.`);
+      const picture = await read(file, served.speculens);
+      pictures.push(picture);
+      notes.push(picture.note);
+    } catch (error) {
+      tell(error.message);
+    }
+  }
+  at("note").textContent = notes.filter(Boolean).join(" ");
+  refreshPictures();
+}
+
+function refreshPictures() {
+  show(at("pictures"), pictures, (index) => {
+    pictures.splice(index, 1);
+    at("note").textContent = "";
+    refreshPictures();
+    (at("pictures").querySelectorAll("button")[index] ?? at("choose")).focus();
+  });
+}
+
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+
+at("choose").addEventListener("change", () => add([...at("choose").files]).then(() => { at("choose").value = ""; }));
+addEventListener("paste", (event) => {
+  if (!event.clipboardData?.files.length) return;
+  event.preventDefault();
+  add([...event.clipboardData.files]);
+});
+addEventListener("dragover", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault();
+  at("drop").hidden = false;
+});
+addEventListener("dragleave", (event) => { at("drop").hidden ||= event.relatedTarget === null; });
+addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault();
+  at("drop").hidden = true;
+  add([...event.dataTransfer.files]);
+});
+
+// --- a question and its answer
+
+async function ask() {
+  const question = at("question").value.trim();
+  if (running) return;
+  if (!question) return tell("Type a question first.");
+  const options = settings();
+  if (!options) return;
+  const sent = { question, pictures };
+  const turn = addTurn(sent);
+  const asked = [...messages, { role: "user", content: content(sent) }];
+  begin();
+  const run = new Run();
+  shown = run;
+  try {
+    await follow(run, { ...options, messages: asked }, (pieces) => {
+      write(turn, pieces);
+      refresh();
+    });
+    closing(turn, run);
+    if (at("compare").checked && !at("compare").closest("label").hidden) await compare(run, { ...options, messages: asked });
+  } catch (error) {
+    if (!running.signal.aborted) refused(error);
+    if (!run.ending) run.ending = running.signal.aborted ? "stopped" : "broken off";
+    closing(turn, run);
+  }
+  if (run.text) messages = [...asked, { role: "assistant", content: run.text }];
+  else takeBack(turn, sent);
+  end();
+}
+
+/** Ask, and take what comes into `run`; `onPieces` is told of each chunk's text. */
+async function follow(run, body, onPieces, baseline = false) {
+  const request = { model: served.id, ...body, speculens: { steps: true, baseline } };
+  for await (const chunk of chat(request, key, running.signal)) onPieces(run.add(chunk));
+}
+
+async function compare(run, body) {
+  const own = new Run();
+  at("without").hidden = false;
+  at("verdict").textContent = "The same question again, without drafter …";
+  try {
+    await follow(own, body, () => row("without", own), true);
+  } catch (error) {
+    at("verdict").textContent = "The run without drafter did not end: nothing to compare.";
+    throw error;
+  }
+  row("without", own);
+  const times = document.createElement("strong");
+  times.textContent = `${(run.rate / own.rate).toFixed(2)}×`;
+  at("verdict").replaceChildren(times, ` the speed, end to end. ${sameness(parting(run.text, own.text))}`);
+}
+
+function sameness(part) {
+  if (!part) return "The two texts are equal, letter for letter.";
+  const goes = (text) => (text ? `“${text}”` : "nothing more");
+  return `The texts part after “${part.shared}”: with drafter ${goes(part.first)}, without ${goes(part.second)}. `
+    + "In low precision two tokens can be closer than the rounding.";
+}
+
+function content({ question, pictures: sent }) {
+  if (!sent.length) return question;
+  return [...sent.map(({ uri }) => ({ type: "image_url", image_url: { url: uri } })), { type: "text", text: question }];
+}
+
+/** The settings as the request names them; undefined, and the reader is led there, if one is out of range. */
+function settings() {
+  const wrong = at("settings").querySelector(":invalid");
+  if (wrong) {
+    wrong.closest("details").open = true;
+    wrong.focus();
+    tell(`${wrong.closest("label").firstChild.textContent.trim()}: ${wrong.validationMessage}`);
+    return undefined;
+  }
+  const names = { temperature: "temperature", top_p: "top-p", seed: "seed", max_tokens: "max-tokens" };
+  const given = Object.entries(names).filter(([, id]) => at(id).value !== "");
+  return Object.fromEntries(given.map(([name, id]) => [name, at(id).valueAsNumber]));
+}
+
+function begin() {
+  running = new AbortController();
+  pictures = [];
+  refreshPictures();
+  at("question").value = "";
+  for (const id of ["error", "note", "verdict", "spoken"]) at(id).textContent = "";
+  at("lead").hidden = true;
+  at("insight").hidden = false;
+  at("without").hidden = true;
+  at("step").disabled = true;
+  turnButtons();
+}
+
+function end() {
+  running = undefined;
+  at("step").disabled = false;
+  turnButtons();
+  draw();
+}
+
+function turnButtons() {
+  const focused = [at("send"), at("stop")].includes(document.activeElement);
+  at("send").hidden = Boolean(running);
+  at("stop").hidden = !running;
+  at("clear").hidden = Boolean(running) || !at("turns").children.length;
+  if (focused) (running ? at("stop") : at("question")).focus();
+}
+
+/** Nothing was said: the question goes back to where it can be asked again. */
+function takeBack(turn, sent) {
+  turn.remove();
+  at("question").value = sent.question;
+  pictures = sent.pictures;
+  refreshPictures();
+  at("insight").hidden = true;
+  at("lead").hidden = at("turns").children.length > 0;
+}
+
+at("composer").noValidate = true;
+at("composer").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+at("question").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  ask();
+});
+at("stop").addEventListener("click", () => running?.abort());
+at("clear").addEventListener("click", () => {
+  messages = [];
+  at("turns").replaceChildren();
+  at("insight").hidden = true;
+  at("lead").hidden = false;
+  tell("");
+  turnButtons();
+  at("question").focus();
+});
+
+// --- on the screen: the conversation
+
+function addTurn({ question, pictures: sent }) {
+  const turn = document.createElement("li");
+  const images = part("div", "pictures");
+  images.append(...sent.map(({ name, uri }) => thumbnail(name, uri)));
+  turn.append(part("h3", "hidden", "Question"), ...(sent.length ? [images] : []), part("p", "question", question));
+  turn.append(part("h3", "hidden", "Answer"), part("p", "answer running"), part("p", "closing about"));
+  at("turns").append(turn);
+  return turn;
+}
+
+function part(name, classes, text = "") {
+  const made = document.createElement(name);
+  made.className = classes;
+  made.textContent = text;
+  return made;
+}
+
+function write(turn, pieces) {
+  const following = at("composer").getBoundingClientRect().bottom <= innerHeight + 4;
+  for (const { text, drafted, accepted, pass } of pieces) {
+    const span = part("span", drafted ? "kept" : "", text);
+    span.dataset.pass = pass;
+    if (drafted) span.dataset.size = 1 + [2, 4, 6].filter((least) => accepted >= least).length;
+    turn.querySelector(".answer").append(span);
+    speak(text);
+  }
+  if (following) at("composer").scrollIntoView({ block: "nearest" });
+}
+
+function closing(turn, run) {
+  turn.querySelector(".answer").classList.remove("running");
+  turn.querySelector(".closing").textContent = [
+    `${run.tokens} tokens in ${run.count} passes`,
+    `${run.rate.toFixed(1)} tokens/s`,
+    run.count ? `acceptance length ${run.length.toFixed(2)} (${run.kept.toFixed(2)} without the bonus token)` : "",
+    { stop: "", length: "cut at the most tokens" }[run.ending] ?? run.ending,
+  ].filter(Boolean).join(" · ");
+  speak("", true);
+}
+
+let unspoken = "";
+
+/** To screen readers in sentences, not in pieces of words; the visible text itself is no live region. */
+function speak(text, last = false) {
+  unspoken += text;
+  const upTo = last ? unspoken.length : unspoken.search(/[.!?:;\n](?=\s[^]*$)/) + 1;
+  if (!upTo || (upTo < 60 && !last)) return;
+  at("spoken").textContent = unspoken.slice(0, upTo);
+  unspoken = unspoken.slice(upTo);
+}
+
+// --- on the screen: how it was decoded
+
+let drawing = 0;
+
+/** Draw soon: passes can come faster than anyone sees, and those who want calm get a picture a second. */
+function refresh() {
+  drawing ||= setTimeout(draw, calm.matches ? 1000 : 80);
+}
+
+function draw() {
+  clearTimeout(drawing);
+  drawing = 0;
+  const { passes } = shown;
+  row("with", shown);
+  at("length").textContent = shown.count ? shown.length.toFixed(2) : "–";
+  at("accepted").textContent = shown.count ? shown.kept.toFixed(2) : "–";
+  at("walk").hidden = !passes.length;
+  at("step").max = Math.max(1, passes.length);
+  at("step").value = passes.length;
+  drawPass(passes.length - 1);
+}
+
+function row(id, run) {
+  const cells = [run.rate.toFixed(1), run.tokens, run.count, `${run.seconds.toFixed(2)} s`];
+  at(id).querySelectorAll("td").forEach((cell, number) => { cell.textContent = cells[number]; });
+}
+
+function drawPass(index) {
+  const pass = shown.passes[index];
+  if (!pass) return at("tree").replaceChildren();
+  const { tree, accepted } = pass;
+  const own = shown.own(index);
+  drawTree(at("tree"), tree, own);
+  drawStrip(at("strip"), shown.passes.map(({ tokens }) => tokens), index);
+  const kept = tree.accepted.filter((node) => node > 0).map((node) => tree.tokens[node]).join("");
+  const said = [
+    `Step ${index + 1} of ${shown.passes.length}: ${tree.tokens.length - 1} drafted, ${accepted} accepted`,
+    kept && ` “${label(kept)}”`,
+    own === undefined ? "." : `, then the model’s own “${label(own)}”.`,
+  ].filter(Boolean).join("");
+  at("caption").textContent = said;
+  at("tree").setAttribute("aria-label", `Draft tree. ${said}`);
+  at("step").setAttribute("aria-valuetext", said);
+}
+
+/** The words of the pass that is looked at, in the newest answer. */
+function point(index) {
+  for (const span of at("turns").lastElementChild?.querySelectorAll("[data-pass]") ?? []) {
+    span.classList.toggle("here", span.dataset.pass === String(index));
+  }
+}
+
+at("step").addEventListener("input", () => {
+  drawPass(at("step").valueAsNumber - 1);
+  point(at("step").valueAsNumber - 1);
+});
+at("fit").addEventListener("change", () => at("tree").classList.toggle("fit", at("fit").checked));
+
+meet();

@@ -1,0 +1,101 @@
+/* A draft tree as SVG: the root at the left, a column a depth, the accepted path straight along the top. */
+
+const ROW = 30; // pixels from one node to the one below
+const HEIGHT = 22;
+const GAP = 26; // between columns: room for the edges
+const LETTER = 7.9; // width of a monospace letter at 13 px
+const LONGEST = 18; // letters of a label; the whole token stands in the node's title
+
+/**
+ * Draw `tree`: tokens (strings), parents (index or null or -1 for the root, node 0), accepted (nodes of the path).
+ * `own` is the target's token after the path, where it is known: it was wanted there, and not drafted.
+ */
+export function drawTree(svg, tree, own) {
+  const nodes = place(tree, own);
+  const width = Math.max(...nodes.map((node) => node.x + node.width)) + 2;
+  const height = Math.max(...nodes.map((node) => node.y)) + HEIGHT + 2;
+  svg.setAttribute("viewBox", `-1 -1 ${width} ${height}`);
+  svg.setAttribute("width", width);
+  svg.setAttribute("height", height);
+  svg.replaceChildren(...nodes.filter((node) => node.parent).map(edge), ...nodes.map(pill));
+}
+
+export function drawStrip(svg, counts, at) {
+  const most = Math.max(...counts);
+  svg.setAttribute("viewBox", `0 0 ${counts.length} ${most}`);
+  svg.replaceChildren(...counts.map((count, index) => (
+    element("rect", { x: index + 0.1, y: most - count, width: 0.8, height: count, class: index === at ? "here" : "bar" })
+  )));
+}
+
+/** A token as people can see it: spaces and line ends have a sign. */
+export function label(token) {
+  return token.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
+}
+
+function place({ tokens, parents, accepted }, own) {
+  const kept = new Set([0, ...accepted]);
+  const nodes = tokens.map((token, index) => ({ token, kept: kept.has(index), root: index === 0, children: [], depth: 0 }));
+  nodes.forEach((node, index) => {
+    if (index === 0) return;
+    node.parent = nodes[parents[index]];
+    node.depth = node.parent.depth + 1;
+    node.parent.children.push(node);
+  });
+  if (own !== undefined) {
+    const end = nodes.findLast((node) => node.kept);
+    nodes.push({ token: own, own: true, children: [], depth: end.depth + 1, parent: end });
+    end.children.push(nodes.at(-1));
+  }
+  const columns = [];
+  for (const node of nodes) {
+    node.text = shortened(label(node.token));
+    node.width = Math.ceil([...node.text].length * LETTER) + 16;
+    columns[node.depth] = Math.max(columns[node.depth] ?? 0, node.width);
+  }
+  const lefts = columns.map((_, depth) => columns.slice(0, depth).reduce((sum, width) => sum + width + GAP, 0));
+  let row = 0;
+  const walk = (node) => {
+    node.x = lefts[node.depth];
+    node.y = row * ROW;
+    const rank = (child) => (child.kept ? 0 : child.own ? 1 : 2);
+    node.children.sort((first, second) => rank(first) - rank(second)).forEach((child, number) => {
+      if (number) row += 1;
+      walk(child);
+    });
+  };
+  walk(nodes[0]);
+  return nodes;
+}
+
+function shortened(text) {
+  const letters = [...text];
+  return letters.length > LONGEST ? `${letters.slice(0, LONGEST - 1).join("")}…` : text;
+}
+
+function kind({ root, kept, own }) {
+  return root ? "root" : own ? "own" : kept ? "kept" : "left";
+}
+
+function pill(node) {
+  const group = element("g", { class: `node ${kind(node)}`, transform: `translate(${node.x} ${node.y})` });
+  const title = element("title");
+  title.textContent = JSON.stringify(node.token);
+  const text = element("text", { x: 8, y: HEIGHT / 2 + 0.5 });
+  text.textContent = node.text;
+  group.append(title, element("rect", { width: node.width, height: HEIGHT, rx: 6 }), text);
+  return group;
+}
+
+function edge(node) {
+  const [x0, y0] = [node.parent.x + node.parent.width, node.parent.y + HEIGHT / 2];
+  const [x1, y1] = [node.x, node.y + HEIGHT / 2];
+  const bend = x1 - GAP / 2; // all edges turn in the gap before the child's column
+  return element("path", { class: kind(node), d: `M${x0} ${y0} H${x1 - GAP} C${bend} ${y0} ${bend} ${y1} ${x1} ${y1}` });
+}
+
+function element(name, attributes = {}) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
