@@ -53,9 +53,7 @@ MODEL = {
         "max_model_len": 2048,
         "baseline": True,
         "remote_images": False,
-        "max_images": 3,
-        "max_pixels": 1_000_000,
-        "max_bytes": 2_000_000,
+        "limits": {"images": 3, "image_pixels": 1_000_000, "image_bytes": 2_000_000},
     },
 }
 
@@ -66,19 +64,21 @@ def text_of(passes: Sequence[Pass]) -> str:
 
 
 def tree_of(root: str, kept: Sequence[str]) -> dict[str, Any]:
-    """The accepted path, two guesses of three words beside each of its nodes, and one below its end."""
+    """The accepted path and a token below its end; beside each of these two guesses, one of which goes on."""
     tokens, parents, accepted = [root], [-1], [0]
+
+    def grow(token: str, parent: int) -> int:
+        tokens.append(token)
+        parents.append(parent)
+        return len(tokens) - 1
+
     for depth, token in enumerate((*kept, " never")):
         above = accepted[-1]
-        for guess in (f" guess{depth}", "\n"):
-            tokens.append(guess)
-            parents.append(above)
-        tokens.append(token)
-        parents.append(above)
+        node = grow(token, above)
+        grow(" longer-than-most-tokens-are", grow(f" guess{depth}", above))
+        grow("\n", above)
         if depth < len(kept):
-            accepted.append(len(tokens) - 1)
-        tokens += [" a", " longer-than-most-tokens-are"]
-        parents += [len(tokens) - 5, len(tokens) - 2]
+            accepted.append(node)
     return {"tokens": tokens, "parents": parents, "accepted": accepted}
 
 
@@ -180,19 +180,19 @@ class Handler(BaseHTTPRequestHandler):
         root = ""
         for number, (kept, own) in enumerate(passes):
             runs = [{"text": "".join(kept), "drafted": True}] if kept else []
-            runs.append({"text": own, "drafted": False})
-            yield chunk(
-                "".join((*kept, own)),
-                {
-                    "runs": runs,
-                    "tokens": len(kept) + 1,
-                    "accepted": len(kept),
-                    "seconds": time.perf_counter() - begun + 0.01 * (number + 1),
-                    "tree": tree_of(root, kept) if number else None,
-                },
-            )
+            step = {
+                "runs": [*runs, {"text": own, "drafted": False}],
+                "tokens": len(kept) + 1,
+                "accepted": len(kept),
+                "seconds": time.perf_counter() - begun + 0.01 * (number + 1),
+                "tree": tree_of(root, kept) if number else None,
+            }
+            ending = "stop" if number == len(passes) - 1 else None
+            choice = {"index": 0, "delta": {"content": "".join((*kept, own))}, "finish_reason": ending}
+            yield head() | {"choices": [choice], "speculens": step, "usage": None}
             root = own
-        yield chunk("", None, "stop") | {
+        yield head() | {
+            "choices": [],
             "metrics": {"speculative_decoding": figures(passes)},
             "usage": {"prompt_tokens": 40, "completion_tokens": 40, "total_tokens": 80},
         }
@@ -226,11 +226,9 @@ def single(passes: Sequence[Pass]) -> Sequence[Pass]:
     return [((), token) for kept, own in passes for token in (*kept, own)]
 
 
-def chunk(text: str, step: dict[str, Any] | None, ending: str | None = None) -> dict[str, Any]:
-    """A chunk as OpenAI streams it, with ours at its top."""
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": ending}
-    body = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL["id"], "choices": [choice]}
-    return body | ({"speculens": step} if step else {})
+def head() -> dict[str, Any]:
+    """What every chunk begins with."""
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL["id"]}
 
 
 def figures(passes: Sequence[Pass]) -> dict[str, Any]:

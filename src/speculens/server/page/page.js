@@ -3,13 +3,13 @@
 import { chat, model, Refusal } from "./api.js";
 import { read, show, thumbnail } from "./pictures.js";
 import { parting, Run } from "./run.js";
-import { drawStrip, drawTree, label } from "./tree.js";
+import { drawStrip, drawTree } from "./tree.js";
 
 const at = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 let key = ""; // of the server, in memory only
-let served = { id: "", speculens: {} }; // what the server said of its model
+let served = { id: "", speculens: { limits: {} } }; // what the server said of its model
 let pictures = []; // of the next question
 let messages = []; // of the conversation, as the server wants them
 let running; // the AbortController of the request under way
@@ -20,8 +20,9 @@ let shown = new Run(); // whose trees the reader walks through
 async function meet() {
   try {
     served = await model(key);
+    served.speculens.limits ??= {};
     at("model").textContent = describe(served);
-    at("compare").closest("label").hidden = served.speculens?.baseline === false;
+    at("compare").closest("label").hidden = !served.speculens.baseline || served.speculens.drafter === "none";
     document.title = `${served.id} · speculens`;
     return true;
   } catch (error) {
@@ -31,7 +32,7 @@ async function meet() {
   }
 }
 
-function describe({ id, speculens: { family, drafter, tree, max_model_len: length } = {} }) {
+function describe({ id, speculens: { family, drafter, tree, max_model_len: length } }) {
   const nodes = tree?.num_draft_tokens;
   return [
     id,
@@ -71,18 +72,20 @@ async function add(files) {
   tell("");
   const notes = [];
   for (const file of files) {
-    const most = served.speculens?.max_images ?? Infinity;
+    const { limits } = served.speculens;
     try {
-      if (pictures.length >= most) throw new Error(`This server takes at most ${most} pictures a question.`);
-      const picture = await read(file, served.speculens);
+      if (at("talk").querySelectorAll("img").length >= limits.images) {
+        throw new Error(`This server takes at most ${limits.images} pictures in a conversation.`);
+      }
+      const picture = await read(file, limits);
       pictures.push(picture);
       notes.push(picture.note);
+      refreshPictures();
     } catch (error) {
       tell(error.message);
     }
   }
   at("note").textContent = notes.filter(Boolean).join(" ");
-  refreshPictures();
 }
 
 function refreshPictures() {
@@ -130,8 +133,8 @@ async function ask() {
   const run = new Run();
   shown = run;
   try {
-    await follow(run, { ...options, messages: asked }, (pieces) => {
-      write(turn, pieces);
+    await follow(run, { ...options, messages: asked }, (runs) => {
+      write(turn, run, runs);
       refresh();
     });
     closing(turn, run);
@@ -146,10 +149,10 @@ async function ask() {
   end();
 }
 
-/** Ask, and take what comes into `run`; `onPieces` is told of each chunk's text. */
-async function follow(run, body, onPieces, baseline = false) {
+/** Ask, and take what comes into `run`; `onRuns` is told of each chunk's runs of text. */
+async function follow(run, body, onRuns, baseline = false) {
   const request = { model: served.id, ...body, speculens: { steps: true, baseline } };
-  for await (const chunk of chat(request, key, running.signal)) onPieces(run.add(chunk));
+  for await (const chunk of chat(request, key, running.signal)) onRuns(run.add(chunk));
 }
 
 async function compare(run, body) {
@@ -219,7 +222,7 @@ function turnButtons() {
   at("send").hidden = Boolean(running);
   at("stop").hidden = !running;
   at("clear").hidden = Boolean(running) || !at("turns").children.length;
-  if (focused) (running ? at("stop") : at("question")).focus();
+  if (focused) at(running ? "stop" : "send").focus();
 }
 
 /** Nothing was said: the question goes back to where it can be asked again. */
@@ -269,15 +272,20 @@ function part(name, classes, text = "") {
   return made;
 }
 
-function write(turn, pieces) {
+/** Append the text of one chunk. A run is marked as long as it was: tokens that one pass accepted. */
+function write(turn, run, runs) {
   const following = at("composer").getBoundingClientRect().bottom <= innerHeight + 4;
-  for (const { text, drafted, accepted, pass } of pieces) {
-    const span = part("span", drafted ? "kept" : "", text);
-    span.dataset.pass = pass;
-    if (drafted) span.dataset.size = 1 + [2, 4, 6].filter((least) => accepted >= least).length;
-    turn.querySelector(".answer").append(span);
+  const whole = part("span", "");
+  whole.dataset.pass = run.passes.length;
+  const size = 1 + [2, 4, 6].filter((least) => run.passes.at(-1)?.accepted >= least).length;
+  for (const { text, drafted } of runs.filter(({ text: said }) => said)) {
+    const [space] = text.match(/^\s*(?=\S)/) ?? [""]; // before the mark, not in it
+    const span = part("span", drafted ? "kept" : "", text.slice(space.length));
+    if (drafted) span.dataset.size = size;
+    whole.append(space, span);
     speak(text);
   }
+  turn.querySelector(".answer").append(whole);
   if (following) at("composer").scrollIntoView({ block: "nearest" });
 }
 
@@ -294,13 +302,13 @@ function closing(turn, run) {
 
 let unspoken = "";
 
-/** To screen readers in sentences, not in pieces of words; the visible text itself is no live region. */
+/** To screen readers by sentences, not by pieces of words; the visible text itself is no live region. */
 function speak(text, last = false) {
   unspoken += text;
-  const upTo = last ? unspoken.length : unspoken.search(/[.!?:;\n](?=\s[^]*$)/) + 1;
-  if (!upTo || (upTo < 60 && !last)) return;
-  at("spoken").textContent = unspoken.slice(0, upTo);
-  unspoken = unspoken.slice(upTo);
+  const [whole] = last ? [unspoken] : unspoken.match(/^[^]*[.!?:;,](?=\s)/) ?? [""];
+  if (whole.length < 60 && !last) return;
+  at("spoken").append(part("p", "", whole));
+  unspoken = unspoken.slice(whole.length);
 }
 
 // --- on the screen: how it was decoded
@@ -338,26 +346,24 @@ function drawPass(index) {
   drawTree(at("tree"), tree, own);
   drawStrip(at("strip"), shown.passes.map(({ tokens }) => tokens), index);
   const kept = tree.accepted.filter((node) => node > 0).map((node) => tree.tokens[node]).join("");
-  const said = [
-    `Step ${index + 1} of ${shown.passes.length}: ${tree.tokens.length - 1} drafted, ${accepted} accepted`,
-    kept && ` “${label(kept)}”`,
-    own === undefined ? "." : `, then the model’s own “${label(own)}”.`,
-  ].filter(Boolean).join("");
+  const quoted = (text) => `“${text.replaceAll("\n", "⏎")}”`;
+  const said = `Step ${index + 1} of ${shown.passes.length}: ${tree.tokens.length - 1} drafted, ${accepted} accepted`
+    + (kept && ` ${quoted(kept)}`) + (own === undefined ? "." : `, then the model’s own ${quoted(own)}.`);
   at("caption").textContent = said;
   at("tree").setAttribute("aria-label", `Draft tree. ${said}`);
   at("step").setAttribute("aria-valuetext", said);
 }
 
-/** The words of the pass that is looked at, in the newest answer. */
-function point(index) {
-  for (const span of at("turns").lastElementChild?.querySelectorAll("[data-pass]") ?? []) {
-    span.classList.toggle("here", span.dataset.pass === String(index));
+/** Outline the words of a pass, from 1, in the newest answer. */
+function point(number) {
+  for (const whole of at("turns").lastElementChild?.querySelectorAll("[data-pass]") ?? []) {
+    whole.classList.toggle("here", whole.dataset.pass === String(number));
   }
 }
 
 at("step").addEventListener("input", () => {
   drawPass(at("step").valueAsNumber - 1);
-  point(at("step").valueAsNumber - 1);
+  point(at("step").valueAsNumber);
 });
 at("fit").addEventListener("change", () => at("tree").classList.toggle("fit", at("fit").checked));
 

@@ -2,15 +2,15 @@
 
 /**
  * A file as {name, uri, note}. It goes as it is unless it has more pixels or bytes than `limits` allow
- * ({max_pixels, max_bytes}, either may be missing); `note` says what was done to it, else it is "".
+ * ({image_pixels, image_bytes}, either may be missing); `note` says what was done to it, else it is "".
  */
-export async function read(file, limits = {}) {
+export async function read(file, limits) {
   const picture = await createImageBitmap(file).catch(() => {
     throw new Error(`${file.name || "What was pasted"} cannot be read as a picture.`);
   });
   const { width, height } = picture;
   const name = file.name || "pasted picture";
-  const { max_pixels: pixels = Infinity, max_bytes: bytes = Infinity } = limits;
+  const { image_pixels: pixels = Infinity, image_bytes: bytes = Infinity } = limits;
   let scale = Math.min(1, Math.sqrt(pixels / (width * height)));
   let blob = scale < 1 ? await scaled(picture, scale) : file;
   while (blob.size > bytes && scale > 0.01) {

@@ -9,22 +9,21 @@ export class Run {
   figures = {}; // the server's own, with the last chunk
   ending = ""; // "stop", "length", or "stopped" by the reader
 
-  /** Take a chunk in. Returns its pieces of text, each {text, drafted, accepted, pass}; pass is -1 at the prefill. */
+  /** Take a chunk in. Returns its runs of text, {text, drafted}. */
   add(chunk) {
     const [choice] = chunk.choices;
     const said = choice?.delta?.content ?? "";
     this.text += said;
     this.ending = choice?.finish_reason ?? this.ending;
     this.figures = chunk.metrics?.speculative_decoding ?? this.figures;
-    const step = chunk.speculens;
-    if (!step) return said ? [{ text: said, drafted: false, accepted: 0, pass: -1 }] : [];
+    const step = chunk.speculens ?? { runs: [{ text: said, drafted: false }], tokens: 0, seconds: this.seconds };
     this.tokens += step.tokens;
     this.seconds = step.seconds;
     if (step.tree) {
       this.passes.push(step);
       this.accepted += step.accepted;
     }
-    return step.runs.map((run) => ({ ...run, accepted: step.accepted, pass: this.passes.length - 1 }));
+    return step.runs;
   }
 
   get rate() {

@@ -1,4 +1,5 @@
-/* A draft tree as SVG: the root at the left, a column a depth, the accepted path straight along the top. */
+/* A draft tree as SVG: the root at the left, a column a depth, the accepted path straight along the top,
+   every other branch as high as it can stand below what came before it: so no two edges cross. */
 
 const ROW = 30; // pixels from one node to the one below
 const HEIGHT = 22;
@@ -29,7 +30,7 @@ export function drawStrip(svg, counts, at) {
 }
 
 /** A token as people can see it: spaces and line ends have a sign. */
-export function label(token) {
+function label(token) {
   return token.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
 }
 
@@ -54,18 +55,22 @@ function place({ tokens, parents, accepted }, own) {
     columns[node.depth] = Math.max(columns[node.depth] ?? 0, node.width);
   }
   const lefts = columns.map((_, depth) => columns.slice(0, depth).reduce((sum, width) => sum + width + GAP, 0));
-  let row = 0;
-  const walk = (node) => {
+  const rank = (node) => (node.kept ? 0 : node.own ? 1 : 2);
+  nodes.forEach((node) => node.children.sort((first, second) => rank(first) - rank(second)));
+  const free = columns.map(() => 0); // by depth, the first row with nothing in it or below
+  const walk = (node, row) => {
     node.x = lefts[node.depth];
     node.y = row * ROW;
-    const rank = (child) => (child.kept ? 0 : child.own ? 1 : 2);
-    node.children.sort((first, second) => rank(first) - rank(second)).forEach((child, number) => {
-      if (number) row += 1;
-      walk(child);
-    });
+    free[node.depth] = row + 1;
+    node.children.forEach((child, number) => walk(child, number ? Math.max(...chain(child).map((depth) => free[depth])) : row));
   };
-  walk(nodes[0]);
+  walk(nodes[0], 0);
   return nodes;
+}
+
+/** Depths of a node and of its first children, which stand in one row with it. */
+function chain(node) {
+  return node ? [node.depth, ...chain(node.children[0])] : [];
 }
 
 function shortened(text) {
