@@ -300,6 +300,28 @@ def test_an_error_is_said_and_the_question_can_be_asked_again(page, script, stat
     assert not page.text("#error") and len(page.all("#turns li")) == 1
 
 
+def test_after_an_error_the_last_answer_can_still_be_walked_through(answered, script):
+    script.status = 429
+    answered.ask("Once more?")
+    answered.wait(lambda: answered.text("#error"))
+    answered.answered()
+    step_to(answered, 5)
+    assert answered.text("#caption").startswith(f"Step 5 of {len(PASSES)}: ")
+    assert answered.all(".answer .here")
+
+
+def test_a_server_that_comes_later_is_met_with_the_first_question(page, script):
+    script.key = "not yet"
+    page.driver.refresh()
+    page.wait(lambda: page.shows("#door"))
+    script.key = ""
+    page.ask()
+    page.wait(lambda: page.text(".answer"))
+    page.answered()
+    assert "testbed" in page.text("#model")
+    assert not page.shows("#door")
+
+
 @pytest.mark.parametrize("way", ["cut", "fail"])
 def test_an_answer_that_breaks_off_is_kept_and_told(page, script, way):
     setattr(script, way, 4)

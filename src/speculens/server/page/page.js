@@ -21,6 +21,7 @@ async function meet() {
   try {
     served = await model(key);
     served.speculens.limits ??= {};
+    at("door").hidden = true;
     at("model").textContent = describe(served);
     at("compare").closest("label").hidden = !served.speculens.baseline || served.speculens.drafter === "none";
     document.title = `${served.id} · speculens`;
@@ -59,7 +60,6 @@ at("door").addEventListener("submit", async (event) => {
   event.preventDefault();
   key = at("key").value;
   at("key").value = "";
-  at("door").hidden = true;
   tell("");
   if (!await meet()) return;
   if (at("question").value.trim()) ask();
@@ -125,27 +125,26 @@ async function ask() {
   if (running) return;
   if (!question) return tell("Type a question first.");
   const options = settings();
-  if (!options) return;
+  if (!options || !(served.id || await meet())) return;
   const sent = { question, pictures };
+  const body = { ...options, messages: [...messages, { role: "user", content: content(sent) }] };
+  const before = shown;
+  const run = begin();
   const turn = addTurn(sent);
-  const asked = [...messages, { role: "user", content: content(sent) }];
-  begin();
-  const run = new Run();
-  shown = run;
   try {
-    await follow(run, { ...options, messages: asked }, (runs) => {
+    await follow(run, body, (runs) => {
       write(turn, run, runs);
       refresh();
     });
     closing(turn, run);
-    if (at("compare").checked && !at("compare").closest("label").hidden) await compare(run, { ...options, messages: asked });
+    if (at("compare").checked && !at("compare").closest("label").hidden) await compare(run, body);
   } catch (error) {
     if (!running.signal.aborted) refused(error);
-    if (!run.ending) run.ending = running.signal.aborted ? "stopped" : "broken off";
+    run.ending ||= running.signal.aborted ? "stopped" : "broken off";
     closing(turn, run);
   }
-  if (run.text) messages = [...asked, { role: "assistant", content: run.text }];
-  else takeBack(turn, sent);
+  if (run.text) messages = [...body.messages, { role: "assistant", content: run.text }];
+  else takeBack(turn, sent, before);
   end();
 }
 
@@ -168,7 +167,7 @@ async function compare(run, body) {
   row("without", own);
   const times = document.createElement("strong");
   times.textContent = `${(run.rate / own.rate).toFixed(2)}×`;
-  at("verdict").replaceChildren(times, ` the speed, end to end. ${sameness(parting(run.text, own.text))}`);
+  at("verdict").replaceChildren(times, ` the speed, end to end, in one run of each. ${sameness(parting(run.text, own.text))}`);
 }
 
 function sameness(part) {
@@ -197,8 +196,11 @@ function settings() {
   return Object.fromEntries(given.map(([name, id]) => [name, at(id).valueAsNumber]));
 }
 
+/** A new run, on a screen that shows nothing of the last one. */
 function begin() {
+  point(-1);
   running = new AbortController();
+  shown = new Run();
   pictures = [];
   refreshPictures();
   at("question").value = "";
@@ -208,6 +210,7 @@ function begin() {
   at("without").hidden = true;
   at("step").disabled = true;
   turnButtons();
+  return shown;
 }
 
 function end() {
@@ -225,13 +228,14 @@ function turnButtons() {
   if (focused) at(running ? "stop" : "send").focus();
 }
 
-/** Nothing was said: the question goes back to where it can be asked again. */
-function takeBack(turn, sent) {
+/** Nothing was said: the question goes back to where it can be asked again, unless the next one stands there. */
+function takeBack(turn, sent, before) {
   turn.remove();
-  at("question").value = sent.question;
-  pictures = sent.pictures;
+  at("question").value ||= sent.question;
+  pictures = [...sent.pictures, ...pictures];
   refreshPictures();
-  at("insight").hidden = true;
+  shown = before;
+  at("insight").hidden = !shown.tokens;
   at("lead").hidden = at("turns").children.length > 0;
 }
 
@@ -245,6 +249,7 @@ at("question").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => running?.abort());
 at("clear").addEventListener("click", () => {
   messages = [];
+  shown = new Run();
   at("turns").replaceChildren();
   at("insight").hidden = true;
   at("lead").hidden = false;
@@ -346,7 +351,7 @@ function drawPass(index) {
   drawTree(at("tree"), tree, own);
   drawStrip(at("strip"), shown.passes.map(({ tokens }) => tokens), index);
   const kept = tree.accepted.filter((node) => node > 0).map((node) => tree.tokens[node]).join("");
-  const quoted = (text) => `“${text.replaceAll("\n", "⏎")}”`;
+  const quoted = (text) => `“${text.replaceAll("\n", "⏎").trim()}”`;
   const said = `Step ${index + 1} of ${shown.passes.length}: ${tree.tokens.length - 1} drafted, ${accepted} accepted`
     + (kept && ` ${quoted(kept)}`) + (own === undefined ? "." : `, then the model’s own ${quoted(own)}.`);
   at("caption").textContent = said;
