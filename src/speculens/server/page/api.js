@@ -1,4 +1,4 @@
-/* The HTTP side: which model there is, and an answer as chunks. Every failure is a `Refusal`, a sentence for the reader. */
+/* The HTTP side: which model there is, and an answer as chunks. Every failure is a `Refusal`: a sentence to show. */
 
 export class Refusal extends Error {
   /** `status` is 0 where no answer came at all. */
@@ -66,7 +66,7 @@ async function* events(stream, signal) {
       }
     }
   } catch (error) {
-    throw signal.aborted || error instanceof Refusal ? error : new Refusal("The connection broke before the answer ended.");
+    throw signal.aborted ? error : new Refusal("The connection broke before the answer ended.");
   } finally {
     reader.cancel().catch(() => {});
   }

@@ -125,7 +125,7 @@ async function ask() {
   if (running) return;
   if (!question) return tell("Type a question first.");
   const options = settings();
-  if (!options || !(served.id || await meet())) return;
+  if (!options || !(served.id || await meet()) || running) return;
   const sent = { question, pictures };
   const body = { ...options, messages: [...messages, { role: "user", content: content(sent) }] };
   const before = shown;
@@ -167,7 +167,8 @@ async function compare(run, body) {
   row("without", own);
   const times = document.createElement("strong");
   times.textContent = `${(run.rate / own.rate).toFixed(2)}×`;
-  at("verdict").replaceChildren(times, ` the speed, end to end, in one run of each. ${sameness(parting(run.text, own.text))}`);
+  const told = sameness(parting(run.text, own.text));
+  at("verdict").replaceChildren(times, ` the speed, end to end, in one run of each. ${told}`);
 }
 
 function sameness(part) {

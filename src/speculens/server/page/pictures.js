@@ -42,6 +42,7 @@ export function thumbnail(name, uri) {
   const image = document.createElement("img");
   image.src = uri;
   image.alt = name;
+  image.draggable = false; // or a slip of the hand would drop it here as one more picture
   return image;
 }
 

@@ -18,15 +18,19 @@ export function drawTree(svg, tree, own) {
   svg.setAttribute("viewBox", `-1 -1 ${width} ${height}`);
   svg.setAttribute("width", width);
   svg.setAttribute("height", height);
-  svg.replaceChildren(...nodes.filter((node) => node.parent).map(edge), ...nodes.map(pill));
+  const upwards = nodes.filter((node) => node.parent).sort((first, second) => rank(second) - rank(first));
+  svg.replaceChildren(...upwards.map(edge), ...nodes.map(pill)); // what comes later lies on top: the path
 }
 
+/** Draw a bar for each of `counts`, side by side; the one `at` is marked. */
 export function drawStrip(svg, counts, at) {
   const most = Math.max(...counts);
+  const bar = (height, index) => {
+    const place = { x: index + 0.1, y: most - height, width: 0.8, height };
+    return element("rect", { ...place, class: index === at ? "here" : "bar" });
+  };
   svg.setAttribute("viewBox", `0 0 ${counts.length} ${most}`);
-  svg.replaceChildren(...counts.map((count, index) => (
-    element("rect", { x: index + 0.1, y: most - count, width: 0.8, height: count, class: index === at ? "here" : "bar" })
-  )));
+  svg.replaceChildren(...counts.map(bar));
 }
 
 /** A token as people can see it: spaces and line ends have a sign. */
@@ -36,18 +40,13 @@ function label(token) {
 
 function place({ tokens, parents, accepted }, own) {
   const kept = new Set([0, ...accepted]);
-  const nodes = tokens.map((token, index) => ({ token, kept: kept.has(index), root: index === 0, children: [], depth: 0 }));
-  nodes.forEach((node, index) => {
-    if (index === 0) return;
-    node.parent = nodes[parents[index]];
-    node.depth = node.parent.depth + 1;
-    node.parent.children.push(node);
-  });
-  if (own !== undefined) {
-    const end = nodes.findLast((node) => node.kept);
-    nodes.push({ token: own, own: true, children: [], depth: end.depth + 1, parent: end });
-    end.children.push(nodes.at(-1));
-  }
+  const nodes = [];
+  const grow = (parent, node) => {
+    nodes.push({ ...node, parent, depth: parent ? parent.depth + 1 : 0, children: [] });
+    parent?.children.push(nodes.at(-1));
+  };
+  tokens.forEach((token, index) => grow(index ? nodes[parents[index]] : undefined, { token, kept: kept.has(index) }));
+  if (own !== undefined) grow(nodes.findLast((node) => node.kept), { token: own, own: true });
   const columns = [];
   for (const node of nodes) {
     node.text = shortened(label(node.token));
@@ -55,17 +54,22 @@ function place({ tokens, parents, accepted }, own) {
     columns[node.depth] = Math.max(columns[node.depth] ?? 0, node.width);
   }
   const lefts = columns.map((_, depth) => columns.slice(0, depth).reduce((sum, width) => sum + width + GAP, 0));
-  const rank = (node) => (node.kept ? 0 : node.own ? 1 : 2);
   nodes.forEach((node) => node.children.sort((first, second) => rank(first) - rank(second)));
   const free = columns.map(() => 0); // by depth, the first row with nothing in it or below
   const walk = (node, row) => {
     node.x = lefts[node.depth];
     node.y = row * ROW;
     free[node.depth] = row + 1;
-    node.children.forEach((child, number) => walk(child, number ? Math.max(...chain(child).map((depth) => free[depth])) : row));
+    const below = (child) => Math.max(...chain(child).map((depth) => free[depth]));
+    node.children.forEach((child, number) => walk(child, number ? below(child) : row));
   };
   walk(nodes[0], 0);
   return nodes;
+}
+
+/** Order among siblings: the accepted path, what the target wanted instead, what the drafter guessed. */
+function rank(node) {
+  return node.kept ? 0 : node.own ? 1 : 2;
 }
 
 /** Depths of a node and of its first children, which stand in one row with it. */
@@ -78,8 +82,8 @@ function shortened(text) {
   return letters.length > LONGEST ? `${letters.slice(0, LONGEST - 1).join("")}…` : text;
 }
 
-function kind({ root, kept, own }) {
-  return root ? "root" : own ? "own" : kept ? "kept" : "left";
+function kind({ parent, kept, own }) {
+  return !parent ? "root" : own ? "own" : kept ? "kept" : "left";
 }
 
 function pill(node) {
@@ -96,7 +100,8 @@ function edge(node) {
   const [x0, y0] = [node.parent.x + node.parent.width, node.parent.y + HEIGHT / 2];
   const [x1, y1] = [node.x, node.y + HEIGHT / 2];
   const bend = x1 - GAP / 2; // all edges turn in the gap before the child's column
-  return element("path", { class: kind(node), d: `M${x0} ${y0} H${x1 - GAP} C${bend} ${y0} ${bend} ${y1} ${x1} ${y1}` });
+  const line = `M${x0} ${y0} H${x1 - GAP} C${bend} ${y0} ${bend} ${y1} ${x1} ${y1}`;
+  return element("path", { class: kind(node), d: line });
 }
 
 function element(name, attributes = {}) {
