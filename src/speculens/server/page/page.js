@@ -281,17 +281,19 @@ function part(name, classes, text = "") {
 /** Append the text of one chunk. A run is marked as long as it was: tokens that one pass accepted. */
 function write(turn, run, runs) {
   const following = at("composer").getBoundingClientRect().bottom <= innerHeight + 4;
+  const answer = turn.querySelector(".answer");
   const whole = part("span", "");
   whole.dataset.pass = run.passes.length;
   const size = 1 + [2, 4, 6].filter((least) => run.passes.at(-1)?.accepted >= least).length;
   for (const { text, drafted } of runs.filter(({ text: said }) => said)) {
-    const [space] = text.match(/^\s*(?=\S)/) ?? [""]; // before the mark, not in it
+    const [space] = text.match(/^\s*(?=\S)/) ?? [""]; // before mark and outline: a line may end between
     const span = part("span", drafted ? "kept" : "", text.slice(space.length));
     if (drafted) span.dataset.size = size;
-    whole.append(space, span);
+    (whole.firstChild ? whole : answer).append(space);
+    whole.append(span);
     speak(text);
   }
-  turn.querySelector(".answer").append(whole);
+  answer.append(whole);
   if (following) at("composer").scrollIntoView({ block: "nearest" });
 }
 
