@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("selenium", reason="selenium is missing: pip install 'speculens[browser]'")
 
-from chrome import png
+from chrome import PATIENCE, png
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from stub import ANSWER, ERRORS, OTHER, text_of, tree_of
@@ -71,7 +71,7 @@ def test_runs_are_marked_by_how_much_one_pass_accepted(answered):
 
 
 def test_the_text_comes_piece_by_piece_and_is_spoken_in_sentences(page, script):
-    script.pace = 0.06
+    script.pace = 0.3
     page.ask()
     page.wait(lambda: 0 < len(page.text(".answer")) < len(text_of(ANSWER).strip()))
     assert page.shows("#stop") and not page.shows("#send")
@@ -185,6 +185,20 @@ def test_the_baseline_is_run_and_equal(page, script):
     assert page.find(".answer").get_property("textContent") == text_of(ANSWER)
 
 
+def test_the_steps_can_be_walked_while_the_baseline_still_runs(page, script):
+    script.pace = 0.1
+    page.find("#compare").click()
+    page.ask()
+    page.wait(lambda: page.texts("#without td")[1] > "0")
+    step_to(page, 2)
+    assert page.find("#step").is_enabled() and page.shows("#stop")
+    assert page.text("#caption").startswith("Step 2 of ")
+    page.find("#stop").click()
+    page.answered()
+    assert page.text("#verdict") == "The run without drafter did not end: nothing to compare."
+    assert page.find(".answer").get_property("textContent") == text_of(ANSWER)
+
+
 def test_where_texts_part_is_shown(page, script):
     script.other = OTHER
     page.find("#compare").click()
@@ -263,12 +277,12 @@ def test_what_is_no_picture_and_what_is_too_much_is_refused(page):
 
 
 def test_stop_ends_the_request_and_keeps_what_was_said(page, script):
-    script.pace = 0.15
+    script.pace = 0.5
     page.ask()
     page.wait(lambda: len(page.all(".answer .kept")) >= 2)
     page.find("#stop").click()
     page.answered()
-    assert script.left.wait(5)
+    assert script.left.wait(PATIENCE)
     said = page.find(".answer").get_property("textContent")
     assert said and said != text_of(ANSWER) and text_of(ANSWER).startswith(said)
     assert page.text(".closing").endswith("stopped")
@@ -400,14 +414,14 @@ def test_everything_works_by_keyboard(page, script):
     assert page.text("#caption").startswith("Step 2 of ")
     press(Keys.TAB)
     assert focused() == "scroll"
-    script.pace = 0.15
+    script.pace = 0.5
     page.find("#question").send_keys("Again")
     press(*[Keys.TAB] * 4)
     page.wait(lambda: focused() == "send")
     press(Keys.ENTER)
     page.wait(lambda: focused() == "stop" and page.all("#turns li:last-child .kept"))
     press(Keys.ENTER)
-    assert script.left.wait(5)
+    assert script.left.wait(PATIENCE)
     page.wait(lambda: focused() == "send")
 
 
@@ -500,13 +514,14 @@ def test_the_dark_scheme_is_dark(page):
 
 
 def test_those_who_want_calm_see_nothing_blink(page, script):
-    script.pace = 0.1
+    script.pace = 0.5
     page.ask()
     blinking = "return getComputedStyle(document.querySelector('.running'), '::after').animationName"
     page.wait(lambda: page.all(".running"))
     assert page.js(blinking) == "blink"
     page.media(prefers_reduced_motion="reduce")
     assert page.js(blinking) == "none"
+    page.find("#stop").click()
     page.answered()
 
 

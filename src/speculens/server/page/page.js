@@ -209,16 +209,13 @@ function begin() {
   at("lead").hidden = true;
   at("insight").hidden = false;
   at("without").hidden = true;
-  at("step").disabled = true;
   turnButtons();
   return shown;
 }
 
 function end() {
   running = undefined;
-  at("step").disabled = false;
   turnButtons();
-  draw();
 }
 
 function turnButtons() {
@@ -236,6 +233,7 @@ function takeBack(turn, sent, before) {
   pictures = [...sent.pictures, ...pictures];
   refreshPictures();
   shown = before;
+  draw();
   at("insight").hidden = !shown.tokens;
   at("lead").hidden = at("turns").children.length > 0;
 }
@@ -297,6 +295,7 @@ function write(turn, run, runs) {
   if (following) at("composer").scrollIntoView({ block: "nearest" });
 }
 
+/** The answer has ended, one way or another. */
 function closing(turn, run) {
   turn.querySelector(".answer").classList.remove("running");
   turn.querySelector(".closing").textContent = [
@@ -306,6 +305,7 @@ function closing(turn, run) {
     { stop: "", length: "cut at the most tokens" }[run.ending] ?? run.ending,
   ].filter(Boolean).join(" · ");
   speak("", true);
+  draw();
 }
 
 let unspoken = "";
@@ -338,6 +338,7 @@ function draw() {
   at("walk").hidden = !passes.length;
   at("step").max = Math.max(1, passes.length);
   at("step").value = passes.length;
+  at("step").disabled = !shown.ending; // while passes come, it follows
   drawPass(passes.length - 1);
 }
 
