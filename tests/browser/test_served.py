@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from urllib.request import urlopen
@@ -14,28 +10,19 @@ from urllib.request import urlopen
 import pytest
 
 pytest.importorskip("selenium", reason="selenium is missing: pip install 'speculens[browser]'")
-pytest.importorskip(
-    "speculens.server.run", reason="the server is missing: pip install 'speculens[serve]'", exc_type=ImportError
-)
+for part in ("speculens.server.run", "served"):
+    pytest.importorskip(part, reason="the server is missing: pip install 'speculens[serve]'", exc_type=ImportError)
 
-ROOT = Path(__file__).parents[2]
-WEIGHTS = ROOT / "testbed" / "weights"
-PICTURE = next((ROOT / "testbed" / "heldout" / "pictures").rglob("*.webp"), None)
+TESTBED = Path(__file__).parents[2] / "testbed"
+PICTURE = TESTBED / "heldout" / "pictures" / "bars-00.webp"
+QUESTION = "Which of the team values is highest, and which lowest? Think step by step."
 
 
 @pytest.fixture(scope="module")
 def address():
-    command = ("serve", str(WEIGHTS / "llava"), "--drafter", str(WEIGHTS / "llava-eaglevlm"), "--port", "0", "--json")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "speculens.cli", *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    with server:
-        yield json.loads(server.stdout.readline())["url"] + "/"
-        server.send_signal(signal.SIGTERM)
-    assert server.returncode == 0
+    weights = TESTBED / "weights"
+    with import_module("served").Served(weights / "llava", "--drafter", str(weights / "llava-eaglevlm")) as server:
+        yield f"{server.url}/"
 
 
 @pytest.fixture
@@ -51,10 +38,10 @@ def running(address: str) -> int:
 
 
 def test_a_picture_is_described_as_the_target_alone_would(served, address):
-    served.hand_over("drop", ("chart.webp", PICTURE.read_bytes()))
+    served.hand_over("drop", (PICTURE.name, PICTURE.read_bytes()))
     served.wait(lambda: served.all("#pictures li"))
     served.find("#compare").click()
-    served.ask("Describe the picture.")
+    served.ask(QUESTION)
     served.answered()
     assert not served.text("#error")
     assert len(served.text(".answer")) > 20
@@ -68,7 +55,7 @@ def test_a_picture_is_described_as_the_target_alone_would(served, address):
 
 
 def test_stop_frees_the_slot(served, address):
-    served.ask("Describe the picture.")
+    served.ask(QUESTION)
     served.wait(lambda: served.text(".answer"))
     served.find("#stop").click()
     served.answered()
