@@ -58,5 +58,6 @@ export function parting(first, second) {
   let at = 0;
   while (at < first.length && first[at] === second[at]) at += 1;
   const next = (text) => text.slice(at, at + 30);
-  return { shared: first.slice(Math.max(0, at - 30), at), first: next(first), second: next(second) };
+  const shared = at > 30 ? `…${first.slice(at - 30, at)}` : first.slice(0, at);
+  return { shared, first: next(first), second: next(second) };
 }
