@@ -51,19 +51,23 @@ class Answer:
 
 
 def ask(engine: Engine, prompt: Prompt, sampling: Sampling, on_run: Callable[[Run], None] | None = None) -> Answer:
-    """Decode one prompt to its end; `on_run` sees each run as it comes."""
+    """Decode one prompt to its end; `on_run` sees each run as it comes. Without it nothing but decoding is timed."""
     words = TextStream(engine.target.tokenizer)
     runs: list[Run] = []
     times: list[float] = []
+    steps: list[Step] = []
     begun = time.perf_counter()
     for step in engine.stream(prompt, sampling):
         times.append(time.perf_counter() - begun)
-        slot = step.slot
-        for run in _runs(words, step):
-            runs.append(run)
-            if on_run:
+        steps.append(step)
+        if on_run:
+            for run in _runs(words, step):
+                runs.append(run)
                 on_run(run)
+    slot = steps[-1].slot
     done = Generation(slot.tokens, slot.text, slot.finish_reason or "", slot.stats)
+    if not on_run:
+        runs = [run for step in steps for run in _runs(words, step)]
     return Answer(done, tuple(runs), times[-1], times[0])
 
 

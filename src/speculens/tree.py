@@ -90,6 +90,13 @@ class DraftTree:
         live = torch.ones_like(tokens, dtype=torch.bool)
         return DraftTree(tokens, zeros, zeros, live, live[:, None], 0)
 
+    @staticmethod
+    def chain(tokens: Tensor) -> DraftTree:
+        """One line of tokens (B, N), the first of them the root."""
+        nodes = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        live = torch.ones_like(tokens, dtype=torch.bool)
+        return DraftTree.build(tokens, (nodes - 1).clamp(min=0), nodes, live, tokens.shape[1] - 1)
+
     @property
     def size(self) -> int:
         """Nodes per slot, the root and padding included."""
