@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load, save
@@ -61,9 +62,11 @@ def encoded(folder: Path, source: JsonLines, encoder: Encoder, workers: int) -> 
     for part in source.parts:
         about = json.dumps([part.fingerprint, encoder.about])
         made.append(folder / hashlib.sha256(about.encode()).hexdigest()[:16])
-        if not made[-1].exists():
-            with whole(made[-1]) as unfinished:
-                _write(unfinished, part, encoder, workers)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # of several runs that start at once, one encodes and the others wait
+            if not made[-1].exists():
+                with whole(made[-1]) as unfinished:
+                    _write(unfinished, part, encoder, workers)
     return Encoded(made)
 
 
