@@ -9,7 +9,7 @@ import json as jsons
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +69,23 @@ TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
 Numbers = Annotated[Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)]
+NumSteps = Annotated[
+    int | None, typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE)
+]
+TopK = Annotated[int | None, typer.Option("--topk", help="Children per node, and the beam.", rich_help_panel=TREE)]
+NumDraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-draft-tokens",
+        "--total-token",
+        help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
+        rich_help_panel=TREE,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
+SampleTopK = Annotated[int, typer.Option("--top-k", help="0 is off.", rich_help_panel=SAMPLING)]
+SampleTopP = Annotated[float, typer.Option("--top-p", rich_help_panel=SAMPLING)]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
 ]
@@ -146,24 +163,13 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     compare: Annotated[bool, typer.Option("--compare", help="Run the target alone beside it and show both.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the answer as an HTML page.")] = None,
     json: Json = False,
-    num_steps: Annotated[
-        int | None,
-        typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE),
-    ] = None,
-    topk: Annotated[int | None, typer.Option(help="Children per node, and the beam.", rich_help_panel=TREE)] = None,
-    num_draft_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--num-draft-tokens",
-            "--total-token",
-            help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
-            rich_help_panel=TREE,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(rich_help_panel=SAMPLING)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: SampleTopK = 0,
+    top_p: SampleTopP = 1.0,
     min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
@@ -551,6 +557,104 @@ def train(
     screen.say(f"The drafter is in {made}.")
     if json:
         _print_json({"event": "drafter", "path": str(made), "versions": _versions()})
+
+
+@app.command()
+def bench(  # noqa: PLR0913, PLR0917 - a flag each
+    target: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model.")],
+    suite: Annotated[str, typer.Option(help="Name of a suite, see docs/benchmarks.md.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run.")],
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{DRAFTER_HELP[:-1]}, `hf`, `hf:lookup`, `hf:assistant=TARGET`; one or several."),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[DRAFTER]...", help="Further drafters.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Where the suite's data is; may be repeated.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first cases of the suite.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Questions to ask of each conversation; default all.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json: Json = False,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: SampleTopK = 0,
+    top_p: SampleTopP = 1.0,
+    seed: Annotated[int, typer.Option(help="Each question's own is made from it.", rich_help_panel=SAMPLING)] = 0,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
+    revision: Revision = None,
+) -> None:
+    """Measure drafters beside `none` on a suite of questions, and whether their answers are the target's own."""
+    from speculens.bench import peers
+    from speculens.bench.figures import conclude
+    from speculens.bench.measure import Bench
+    from speculens.bench.record import NONE, RunFolder
+    from speculens.bench.suites import load_suite
+    from speculens.checkpoints import load_drafter
+    from speculens.data.respond import Asking
+    from speculens.show import Screen
+
+    asking = Asking(
+        turns=turns, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+    )
+    cases = load_suite(suite, data or [], image_root)[:limit]
+    model, _ = _load(target, "none", dtype, device, device_map, revision)
+    ours, others = peers.split([*(drafter or []), *(more or [])])
+    drafters = {
+        name: load_drafter(name, dtype=model.dtype, device=model.device, target=model) for name in ours if name != NONE
+    }
+    wanted = {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens}
+    shapes = {name: shape for name, guesser in drafters.items() if (shape := _shape(guesser, wanted))}
+    measured = Bench(
+        model,
+        drafters,
+        cases,
+        asking,
+        shapes=shapes,
+        others=[peers.load_peer(name, model, temperature) for name in others],
+        capacity=max_model_len,
+    )
+    folder = RunFolder(out, measured.setting(target=target, revision=revision, suite=suite), resume=resume)
+    screen = Screen(quiet=json)
+    with screen.progress("cases") as tell:
+        measured.run(folder, lambda at: tell(at.done, at.total, _lengths(at.lengths)))
+    summary = conclude(folder, measured.errors)
+    screen.measured(summary)
+    screen.aside(f"Records and figures: {out}. A page of them: speculens report {out}")
+    if json:
+        _print_json({"run": str(out), **summary, "versions": _versions()})
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `bench` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the first run.")] = None,
+    json: Json = False,
+) -> None:
+    """Draw what `bench` measured: one page that needs nothing else, and its plots as PNG."""
+    from speculens.bench.report import read_run, write_report
+    from speculens.show import Screen
+
+    page, *pictures = write_report([read_run(run) for run in runs], out or runs[0] / "report.html")
+    Screen(quiet=json).say(
+        f"The page: {page}; the plots: {pictures[0].parent if len(runs) == 1 else page.parent / 'plots'}"
+    )
+    if json:
+        _print_json({"page": str(page), "plots": [str(file) for file in pictures]})
+
+
+def _lengths(lengths: Mapping[str, float]) -> str:
+    from speculens.bench.tables import labels
+
+    names = labels(list(lengths))
+    return "  ".join(f"{names[name]} {length:.2f}" for name, length in lengths.items())
 
 
 @app.command()

@@ -8,6 +8,7 @@ Turns of one conversation are drawn together, because they depend on each other.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from speculens.answer import Answer, Entry
-from speculens.bench.record import NONE, Record, entry
+from speculens.bench.record import NONE, Record, RunFolder, entry, read_records
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -24,30 +25,45 @@ POOLED = "all"
 UNTIMED = ("seconds", "draft_time_fraction")
 
 
-def summarise(
-    records: Sequence[Record], setting: Mapping[str, Any], closer: Mapping[str, Any], loops: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that a run came to, in plain JSON types.
+def conclude(folder: RunFolder, errors: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Write and return the summary of a run; `errors` are cases that could not be asked, and why."""
+    setting, closer = folder.read("setting"), folder.read("closer")
+    summary = {**summarise(read_records(folder.path), setting, closer), "errors": dict(errors or {})}
+    folder.write("summary", summary)
+    return summary
 
-    loops  by contender: whose loop it ran in, see measure.Contender
-    """
+
+def summarise(records: Sequence[Record], setting: Mapping[str, Any], closer: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a run came to, in plain JSON types."""
     topics = sorted({record.topic for record in records})
-    costs = closer.get("costs", {})
     return {
         "setting": dict(setting),
         "cases": len({record.case for record in records}),
         "questions": len(records),
-        "topics": {topic: sum(record.topic == topic for record in records) for topic in topics},
+        "topics": topics,
         "drafters": {
-            name: {
-                "loop": loop,
-                "differences": differences(name, records),
-                POOLED: _with_costs(figures(name, records), costs.get(name)),
-                "topics": {topic: figures(name, [r for r in records if r.topic == topic]) for topic in topics},
-            }
-            for name, loop in loops.items()
+            name: _contender(name, [record for record in records if name in record.answers], topics, closer)
+            | {"loop": about["loop"], "failures": _failures(name, records)}
+            for name, about in setting["drafters"].items()
         },
     }
+
+
+def _contender(
+    name: str, records: Sequence[Record], topics: Sequence[str], closer: Mapping[str, Any]
+) -> dict[str, Any]:
+    costs = closer["costs"].get(name)
+    by_topic = {topic: [record for record in records if record.topic == topic] for topic in topics}
+    return {
+        "differences": differences(name, records),
+        POOLED: _with_costs(figures(name, records), costs) if records else None,
+        "topics": {topic: figures(name, some) for topic, some in by_topic.items() if some},
+    }
+
+
+def _failures(name: str, records: Sequence[Record]) -> dict[str, int]:
+    """Why there was no answer, counted."""
+    return dict(Counter(record.failures[name] for record in records if name in record.failures).most_common())
 
 
 def figures(name: str, records: Sequence[Record]) -> dict[str, Any]:

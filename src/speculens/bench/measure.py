@@ -7,16 +7,19 @@ Later turns of a conversation follow on the target's own earlier answers, so tha
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+import transformers
 
+from speculens import html
 from speculens.answer import Answer, Entry, ask
 from speculens.bench.record import NONE, Record, RunFolder
 from speculens.bench.suites import Case
@@ -62,7 +65,7 @@ class Bench:
 
     drafters  by the names that tables call them; `none` is always among them
     asking    how the questions are put and the answers drawn; every question has a seed of its own
-    shape     a draft tree instead of the drafters' own
+    shapes    draft trees instead of the drafters' own, by name
     others    contenders with a loop of their own
     capacity  rows of a slot; None makes room for the longest conversation of the suite
     """
@@ -74,16 +77,37 @@ class Bench:
         cases: Sequence[Case],
         asking: Asking,
         *,
-        shape: TreeShape | None = None,
+        shapes: Mapping[str, TreeShape] | None = None,
         others: Sequence[Contender] = (),
         capacity: int | None = None,
     ) -> None:
         self.target, self.cases, self.asking = target, cases, asking
         self.drafters = {NONE: NoDrafter(), **drafters}
-        self._shape, self._others = shape, others
+        self._shapes, self._others = shapes or {}, others
         self._limit = min(capacity or target.context, target.context)
         self._capacity = capacity or 1
         self.errors: dict[str, str] = {}
+
+    def setting(self, **names: Any) -> dict[str, Any]:
+        """All that the figures depend on; `names` are those of target, suite and the like."""
+        device = self.target.device
+        return {
+            **names,
+            "family": self.target.family,
+            "drafters": {name: self._about(name) for name in self.drafters}
+            | {other.name: {"loop": other.loop} for other in self._others},
+            "asking": asdict(self.asking),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _about(self, name: str) -> dict[str, Any]:
+        about = self.drafters[name].describe()
+        shape = self._shapes.get(name)
+        return {"loop": OWN_LOOP, **about, **({"tree": vars(shape)} if shape else {})}
 
     def run(self, folder: RunFolder, on_progress: OnProgress = lambda _: None) -> None:
         """Measure every case that the folder does not hold yet, then look closer at the first few."""
@@ -155,7 +179,8 @@ class Bench:
         return Contender(name, partial(ask, self._engine(name)))
 
     def _engine(self, name: str, *, timed: bool = False) -> Engine:
-        return Engine(self.target, self.drafters[name], capacity=self._capacity, shape=self._shape, timed=timed)
+        shape = self._shapes.get(name)
+        return Engine(self.target, self.drafters[name], capacity=self._capacity, shape=shape, timed=timed)
 
     def _warm_up(self, contenders: Sequence[Contender], cases: Sequence[Case]) -> None:
         """First passes are slower than all later ones: a whole answer to the first case, a few tokens for others."""
@@ -177,10 +202,16 @@ class Bench:
             conversation = conversation.then(question.role, *question.content)
             prompt = self.target.encode(conversation)
             sampling = self.asking.sampling(case.name, turn)
-            answers, memory = {}, {}
+            answers, memory, failures = {}, {}, {}
             for contender in contenders:
-                with _peak_memory(self.target.device) as peak:
-                    answers[contender.name] = contender.answer(prompt, sampling)
+                try:
+                    with _peak_memory(self.target.device) as peak:
+                        answers[contender.name] = contender.answer(prompt, sampling)
+                except UserError as error:
+                    if contender.loop == OWN_LOOP:
+                        raise
+                    failures[contender.name] = str(error)  # a peer that cannot do it takes nothing from the others
+                    continue
                 memory[contender.name] = peak[0]
             own = answers[NONE]
             gaps = {
@@ -188,7 +219,8 @@ class Bench:
                 for name, answer in answers.items()
                 if (place := Entry(name, [answer], [own]).differences[0]) is not None
             }
-            yield Record(case.name, case.topic, turn, len(prompt), int(prompt.image.sum()), answers, gaps, memory)
+            rows = len(prompt), int(prompt.image.sum())
+            yield Record(case.name, case.topic, turn, *rows, answers, gaps, memory, failures)
             conversation = conversation.then("assistant", own.generation.text.lstrip() or ".")
 
     # A closer look
@@ -213,7 +245,15 @@ class Bench:
                         vision.clear()
                     answers.append(ask(engine, prompt, sampling))
             costs[name] = _costs(answers, sum(vision))
-        return {"costs": costs, "walk": {"case": cases[0].name if cases else None, "steps": walks}}
+        return {"costs": costs, "walk": {**self._shown(cases[0]), "steps": walks} if cases else {"steps": {}}}
+
+    def _shown(self, case: Case) -> dict[str, Any]:
+        """What a reader of the walk must see: the first question and its first picture."""
+        _, (question, *_) = self._questions(case)
+        texts = [part for part in question.content if isinstance(part, str)]
+        pictures = [part for part in question.content if not isinstance(part, str)]
+        picture = html.data_uri(pictures[0]) if pictures else None
+        return {"case": case.name, "question": " ".join(texts), "picture": picture}
 
 
 def gap(target: Target, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> float:
@@ -322,6 +362,10 @@ def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
     yield peak
     if device.type == "cuda":
         peak[0] = torch.cuda.max_memory_allocated(device)
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()
 
 
 def _wait_for(device: torch.device) -> None:

@@ -9,7 +9,7 @@ summary.json    every figure
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Record:
     answers                       by contender; the texts themselves without their runs
     gaps                          by contender whose tokens differ: between the target's two best choices where they do
     memory                        by contender: peak bytes on the device meanwhile; None where there is no device
+    failures                      by contender without an answer: why
     """
 
     case: str
@@ -44,11 +45,12 @@ class Record:
     answers: Mapping[str, Answer]
     gaps: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """Plain JSON types."""
         answers = {name: _answer_row(answer) for name, answer in self.answers.items()}
-        return {**vars(self), "answers": answers, "gaps": dict(self.gaps), "memory": dict(self.memory)}
+        return {**vars(self), "answers": answers}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Record:
@@ -94,17 +96,21 @@ class RunFolder:
             self._check(read_json(found))
 
     def _check(self, before: Mapping[str, Any]) -> None:
-        for key in sorted({*before, *self._setting}):
-            was, now = before.get(key), self._setting.get(key)
-            if was != now:
+        was, now = dict(_leaves(before)), dict(_leaves(self._setting))
+        for key in sorted({*was, *now}):
+            if was.get(key) != now.get(key):
                 raise UserError(
-                    f"The run in {self.path} was made with {key} {json.dumps(was)}, not {json.dumps(now)}: go on as it "
+                    f"The run in {self.path} was made with {key} {was.get(key)!r}, not {now.get(key)!r}: go on as it "
                     "was begun, or choose another folder."
                 )
 
     def has(self, name: str) -> bool:
         """Whether one of the JSON files is written."""
         return (self.path / f"{name}.json").exists()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the JSON files."""
+        return read_json(self.path / f"{name}.json")
 
     def journal(self) -> Journal:
         """The records, to be added to."""
@@ -117,6 +123,15 @@ class RunFolder:
         fresh = file.with_suffix(".tmp")
         fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return fresh.replace(file)
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value under its dotted name, so that a difference can be named."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def read_records(folder: Path) -> list[Record]:
