@@ -5,7 +5,8 @@ r"""The methods side by side on one target, greedy and sampled; or the acceptanc
 
 Drafters are those beside the target (TARGET-METHOD) unless named. The measurement is that of `speculens bench`: all of
 them beside `none` in one process, on held-out prompts taken from the files in turn. It ends in time and tells what it
-has. With --ablations no time is measured: all prompts are decoded side by side, greedily, for each drafter that fits.
+has; `speculens report` makes a page of each folder in --out. With --ablations no time is measured: all prompts are
+decoded side by side, greedily, by every drafter of that folder whose name begins with the target's (TARGET-NAME).
 Prints rows for docs/benchmarks.md; the last line is JSON.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,13 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 import yaml
 
 from speculens import Engine, Sampling, TreeShape, load_drafter, load_target
-from speculens.bench.figures import summarise
-from speculens.bench.measure import CLOSER, OWN_LOOP, Bench, Progress
-from speculens.bench.record import NONE, RunFolder, read_json, read_records
+from speculens.bench.figures import POOLED, conclude
+from speculens.bench.measure import CLOSER, Bench, Progress
+from speculens.bench.record import NONE, RunFolder
 from speculens.bench.suites import Case, from_files
 from speculens.data.respond import Asking
 from speculens.drafters import METHODS, Drafter
@@ -67,7 +66,7 @@ def main() -> None:
             print(f"\nT = {temperature:g}, {made['questions']} prompts\n\n{table(made)}", flush=True)
             runs[f"{temperature:g}"] = made
         figures = {"temperatures": runs}
-    finish(given, {"setting": setting(given, target), **figures})
+    finish(given, figures)
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
@@ -128,14 +127,15 @@ def measured(
         if done and spent * (1 + min(done, CLOSER) / done) > seconds:
             raise _OutOfTimeError
 
+    shapes = dict.fromkeys(drafters, given.tree) if given.tree else {}
+    bench = Bench(target, drafters, cases, asking, shapes=shapes)
     with TemporaryDirectory() as scratch:
-        folder = RunFolder((given.out or Path(scratch)) / name, {})
+        folder = RunFolder((given.out or Path(scratch)) / name, bench.setting(target=given.target, suite=name))
         with suppress(_OutOfTimeError):
-            Bench(target, drafters, cases, asking, shape=given.tree).run(folder, watch)
+            bench.run(folder, watch)
         if not folder.has("closer"):
-            Bench(target, drafters, cases[:done], asking, shape=given.tree).run(folder)
-        records, closer = read_records(folder.path), read_json(folder.path / "closer.json")
-    made = summarise(records, {}, closer, dict.fromkeys([NONE, *drafters], OWN_LOOP))
+            Bench(target, drafters, cases[:done], asking, shapes=shapes).run(folder)
+        made = conclude(folder, bench.errors)
     longest = max(prompts_of(target, cases[:done], asking), key=len)
     for each, drafter in {NONE: None, **drafters}.items():
         made["drafters"][each]["peak_memory_alone"] = peak_memory(target, drafter, longest, asking, given.tree)
@@ -180,7 +180,8 @@ def ablations(target: Target, given: argparse.Namespace, cases: Mapping[str, Seq
     }
     print("| drafter | " + " | ".join(f"{topic}: length with / without, exact" for topic in exams) + " | claim |")
     print("|---|" + "---|" * (len(exams) + 1))
-    plan = yaml.safe_load((ROOT / "recipes/testbed/ablations.yaml").read_text())
+    planned = yaml.safe_load((ROOT / "recipes/testbed/runs.yaml").read_text())
+    plan = {**planned["shipped"], **planned["ablations"]}
     found: dict[str, Any] = {}
     left_out = []
     for name, folder in _in_plan(Path(given.target).name, given.ablations, plan):
@@ -191,7 +192,8 @@ def ablations(target: Target, given: argparse.Namespace, cases: Mapping[str, Seq
         found[name] = {topic: exam.measure(drafter) for topic, exam in exams.items()}
         cells = [f"{_lengths(figures)}, {figures['exact']:.3f}" for figures in found[name].values()]
         print(f"| {name} | {' | '.join(cells)} | {plan.get(name, {}).get('claim', '')} |", flush=True)
-    return {"ablations": found, "left_out": left_out}
+    setting = Bench(target, {}, [], asking).setting(target=given.target)
+    return {"setting": setting, "ablations": found, "left_out": left_out}
 
 
 def _in_plan(target: str, folder: Path, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
@@ -213,7 +215,7 @@ def table(made: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, line: Mapping[str, Any]) -> str:
-    pooled = line["all"]
+    pooled = line[POOLED]
     low, high = pooled["walltime_speedup_quartiles"]
     memory = line.get("peak_memory_alone")
     cells = [
@@ -232,21 +234,6 @@ def _row(name: str, line: Mapping[str, Any]) -> str:
 
 def _lengths(figures: Mapping[str, Any]) -> str:
     return f"{figures['mean_acceptance_length']:.2f} / {figures['mean_accepted_tokens']:.2f}"
-
-
-def setting(given: argparse.Namespace, target: Target) -> dict[str, Any]:
-    """What the figures depend on."""
-    cuda = target.device.type == "cuda"
-    return {
-        "target": Path(given.target).name,
-        "limit": given.limit,
-        "max_new_tokens": given.max_new_tokens,
-        "tree": vars(given.tree) if given.tree else None,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def finish(given: argparse.Namespace, figures: Mapping[str, Any]) -> None:
