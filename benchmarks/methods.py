@@ -37,7 +37,7 @@ from speculens.training.measure import Exam
 
 ROOT = Path(__file__).resolve().parents[1]
 HELDOUT = [ROOT / "testbed/heldout" / f"{name}.jsonl" for name in ("charts", "openstax")]
-TINY = {"limit": 2, "max_new_tokens": 12, "tree": (2, 3, 9)}
+TINY = {"limit": 1, "max_new_tokens": 12, "tree": (2, 3, 9)}
 
 
 class _OutOfTimeError(Exception):
