@@ -43,14 +43,19 @@ def document(title: str, lead: str, main: Iterable[str], *, under_lead: str = ""
     )
 
 
-def table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A table that scrolls by itself where it is wider than the page; the first cell of a row heads it."""
-    heads = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+def table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Iterator[str]:
+    """A table that scrolls by itself where it is wider than the page. The first cell of a row heads it.
+
+    words  how many of the first columns hold words, which stand at the left; numbers stand at the right
+    """
+    marks = [' class="word"' if number < words else "" for number in range(len(headings))]
+    heads = "".join(f'<th scope="col"{mark}>{escape(text)}</th>' for mark, text in zip(marks, headings, strict=True))
     yield f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
     yield f"<thead><tr>{heads}</tr></thead><tbody>"
     for row in rows:
         first, *rest = (escape(cell) for cell in row)
-        yield f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
+        cells = "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks[1:], rest, strict=True))
+        yield f'<tr><th scope="row">{first}</th>{cells}</tr>'
     yield "</tbody></table></div>"
 
 
@@ -104,6 +109,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 thead th { color: var(--quiet); font-size: .8125rem; font-weight: 500; vertical-align: bottom; white-space: normal;
   overflow-wrap: normal; }
+th.word, td.word { text-align: left; }
 th:first-child { position: sticky; left: 0; background: var(--paper); text-align: left; padding-left: 0; }
 @media (max-width: 30rem) { body { padding: 1.25rem .9rem 3rem; } article { padding: .9rem; } }
 @media (forced-colors: active) { .kept { border-bottom: 2px solid; } }

@@ -65,7 +65,7 @@ class Screen:
         if tables.has_peers(summary):
             self.say(tables.OTHER_LOOP, "dim")
         if len(summary["topics"]) > 1:
-            self._rows(tables.TOPIC_HEADINGS, tables.topic_rows(summary), left=3)
+            self._rows(tables.TOPIC_HEADINGS, tables.topic_rows(summary), left=2)
 
     def _rows(self, headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
         """A table; so many of its first columns are words."""

@@ -24,11 +24,12 @@ from speculens.answer import Answer, Entry, ask
 from speculens.bench.record import NONE, Record, RunFolder
 from speculens.bench.suites import Case
 from speculens.conversation import Conversation, Message
+from speculens.data.journal import Journal
 from speculens.data.respond import Asking
 from speculens.drafters import Drafter, NoDrafter
 from speculens.engine import Engine, Step
 from speculens.errors import UserError
-from speculens.sampling import Sampling, gumbel, process
+from speculens.sampling import Sampling, gumbel
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target
 from speculens.tree import DraftTree, TreeShape
@@ -112,27 +113,28 @@ class Bench:
     def run(self, folder: RunFolder, on_progress: OnProgress = lambda _: None) -> None:
         """Measure every case that the folder does not hold yet, then look closer at the first few."""
         with folder.journal() as journal:
-            todo = [(number, case) for number, case in enumerate(self.cases) if case.name not in journal]
-            done, total = len(self.cases) - len(todo), len(self.cases)
-            on_progress(Progress(done, total))
-            usable = self._survey(todo)
-            passes: dict[str, Stats] = {}
-            for number, case, contenders in self._in_turn(usable):
-                try:
-                    turns = list(self._measure(case, contenders))
-                except UserError as error:
-                    self.errors[case.name] = str(error)
-                    continue
-                journal.add({"id": case.name, "number": number, "turns": [record.to_row() for record in turns]})
-                for name in self.drafters:
-                    new = (record.answers[name].generation.stats for record in turns)
-                    passes[name] = Stats.total([passes.get(name, Stats()), *new])
-                done += 1
-                lengths = {name: stats.mean_acceptance_length for name, stats in passes.items() if name != NONE}
-                on_progress(Progress(done, total, lengths))
+            self._measure_all(journal, on_progress)
         if not folder.has("closer"):
             near = self._survey(list(enumerate(self.cases[:CLOSER])))
             folder.write("closer", self._look_closer([case for _, case in near]))
+
+    def _measure_all(self, journal: Journal, on_progress: OnProgress) -> None:
+        todo = [(number, case) for number, case in enumerate(self.cases) if case.name not in journal]
+        done, total = len(self.cases) - len(todo), len(self.cases)
+        on_progress(Progress(done, total))
+        passes = {name: Stats() for name in self.drafters if name != NONE}
+        for number, case, contenders in self._in_turn(self._survey(todo)):
+            try:
+                turns = list(self._measure(case, contenders))
+            except UserError as error:
+                self.errors[case.name] = str(error)
+                continue
+            journal.add({"id": case.name, "number": number, "turns": [record.to_row() for record in turns]})
+            for name, before in passes.items():
+                passes[name] = Stats.total([before, *(record.answers[name].generation.stats for record in turns)])
+            done += 1
+            lengths = {name: stats.mean_acceptance_length for name, stats in passes.items()}
+            on_progress(Progress(done, total, lengths))
 
     # Before
 
@@ -149,19 +151,23 @@ class Bench:
         return usable
 
     def _room(self, case: Case) -> int:
-        """Rows that a case may fill: all of its questions, and an answer of full length to each."""
+        """Rows that a case may fill: all of its questions, and an answer of full length to each.
+
+        Earlier answers are counted twice where there is room: encoded again, a text may become more tokens.
+        """
         conversation, questions = self._questions(case)
         for number, question in enumerate(questions):
             if number:
                 conversation = conversation.then("assistant", ".")
             conversation = conversation.then(question.role, *question.content)
-        rows = len(self.target.encode(conversation)) + self.asking.max_new_tokens * len(questions)
+        longest = self.asking.max_new_tokens
+        rows = len(self.target.encode(conversation)) + longest * len(questions)
         if rows > self._limit:
             raise UserError(
                 f"{case.name} may need {rows} rows, its answers included, and there is room for {self._limit}: lower "
                 "--max-new-tokens, or raise --max-model-len up to the target's context."
             )
-        return rows
+        return min(rows + longest * (len(questions) - 1), self._limit)
 
     def _questions(self, case: Case) -> tuple[Conversation, list[Message]]:
         return self.asking.questions(case.name, case.conversation())
@@ -257,19 +263,19 @@ class Bench:
 
 
 def gap(target: Target, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> float:
-    """How far apart the target's two best choices are after `tokens`: of logits if greedy, else with the draw's noise.
+    """How far apart the target's two best choices are after `tokens`: logits, or with temperature and noise if sampled.
 
-    Where answers part at a gap within the rounding of the dtype, either is right; a wide gap means a mistake.
+    Where answers part at a gap within the rounding of the dtype, either is right; a wide gap means a mistake. What
+    top_k and top_p would filter is looked at, too.
     """
     session = target.session(slots=1, capacity=len(prompt) + len(tokens))
     logits, _ = session.prefill(prompt)
     if tokens:
-        logits = session.score(DraftTree.chain(torch.tensor([list(tokens)], device=target.device)))[0][:, -1:]
-    root = DraftTree.root(torch.zeros(1, dtype=torch.long, device=target.device))
-    scores = process(logits.float(), sampling, root, [[*prompt.ids.tolist(), *tokens][:-1]])[0, 0]
+        logits, _ = session.score(DraftTree.chain(torch.tensor([list(tokens)], device=target.device)))
+    scores = logits[0, -1].float()
     if sampling.temperature > 0:
         seed, position = (torch.tensor(number, device=target.device) for number in (sampling.seed, len(tokens)))
-        scores = scores + gumbel(seed, position, len(scores))
+        scores = scores / sampling.temperature + gumbel(seed, position, len(scores))
     best, second = scores.topk(2).values.tolist()
     return float(best - second)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ COLOURS = (
 PAPER, INK, QUIET, LINE = "#ffffff", "#22262b", "#5c636b", "#dedad3"
 SHARED = (("--ink", INK), ("--quiet", QUIET), ("--line", LINE), ("--card", PAPER))
 PARTS = ("vision", "prefill", "draft", "verify", "host")
-SIZE = (5.2, 3.3)  # inches; text keeps its size relation to the page on a phone
+SIZE = (5.0, 3.4)  # inches: small, so that text can be read where the page is narrow
 
 STYLE = "".join(
     (
@@ -105,7 +106,7 @@ _RC: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "speculens",
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 10.5,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -120,7 +121,7 @@ _RC: Any = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9.5,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
 }
@@ -191,13 +192,23 @@ def _efficiency_plane(axes: Any, summary: Summary, _records: Sequence[Record]) -
     costs = [about[POOLED]["seconds_per_pass"] / plain for *_, about in drafters] or [1.0]
     lengths = [about[POOLED]["mean_acceptance_length"] for *_, about in drafters] or [1.0]
     right, top = max(2.0, *costs) * 1.12, max(2.0, *lengths) * 1.12
-    for speedup in range(1, 9):
+    for speedup in (0.5, *range(1, 1 + math.ceil(top))):  # lines of equal speedup, named where they leave the plane
         edge = min(right, top / speedup)
         axes.plot([0, edge], [0, speedup * edge], color=LINE, linewidth=1, zorder=1)
-        if edge < right or speedup == 1:
-            axes.annotate(f"{speedup}×", (edge, speedup * edge), color=QUIET, fontsize=8, ha="center", va="bottom")
+        above = edge < right
+        axes.annotate(
+            f"{speedup:g}×",
+            (edge, speedup * edge),
+            (0, 2) if above else (2, 0),
+            textcoords="offset points",
+            color=QUIET,
+            fontsize=9,
+            ha="center" if above else "left",
+            va="bottom" if above else "center",
+            annotation_clip=False,
+        )
     axes.axvline(1, color=INK, linewidth=1, linestyle="--", zorder=1)
-    axes.annotate("free drafting", (1, 0), (3, 3), textcoords="offset points", color=QUIET, fontsize=8)
+    axes.annotate("free drafting", (1, 0), (3, 3), textcoords="offset points", color=QUIET, fontsize=9)
     for (_, label, colour, _), cost, length in zip(drafters, costs, lengths, strict=True):
         axes.scatter([cost], [length], color=colour, s=42, zorder=3, label=label)
     axes.set_xlim(0, right)
@@ -205,7 +216,7 @@ def _efficiency_plane(axes: Any, summary: Summary, _records: Sequence[Record]) -
     axes.grid(visible=False)
     axes.set_xlabel("time of a pass, in plain passes")
     axes.set_ylabel("tokens per pass")
-    _legend(axes, drafters)
+    _legend(axes, drafters, lift=1.06)
 
 
 def _cost_split(axes: Any, summary: Summary, _records: Sequence[Record]) -> None:
@@ -240,17 +251,17 @@ def _speedup_by_picture(axes: Any, summary: Summary, records: Sequence[Record]) 
     _legend(axes, drafters)
 
 
-def _legend(axes: Any, entries: Sequence[Any]) -> None:
+def _legend(axes: Any, entries: Sequence[Any], lift: float = 1.0) -> None:
     """Above the drawing, where it covers nothing."""
     if entries:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, lift), ncols=3, borderaxespad=0.2, handlelength=1.2)
 
 
 DRAWINGS = (
     _Drawing(
         "speedup-by-topic",
         "Speedup by topic",
-        "End to end, all questions of a topic together; thin lines reach from the lower to the upper quartile of pairs.",
+        "End to end, all questions of a topic together; thin lines span the middle half of the pairs.",
         _speedup_by_topic,
     ),
     _Drawing(

@@ -76,7 +76,7 @@ def _run(run: Run, made: Sequence[plots.Plot], *, alone: bool) -> Iterator[str]:
     yield "</div>"
     if len(summary["topics"]) > 1:
         yield "<h3>By topic</h3>"
-        yield from html.table("By topic", tables.TOPIC_HEADINGS, tables.topic_rows(summary))
+        yield from html.table("By topic", tables.TOPIC_HEADINGS, tables.topic_rows(summary), words=2)
     yield from _walk(run)
     yield "</section>"
 
@@ -197,8 +197,8 @@ summary { cursor: pointer; font-size: .875rem; color: var(--quiet); }
 summary:focus-visible { outline: 2px solid var(--edge); outline-offset: 2px; }
 .said { color: var(--ink); white-space: pre-wrap; }
 .tree { display: block; font: 12px ui-monospace, monospace; }
-.tree path { fill: none; stroke: var(--line); stroke-width: 1.5; }
-.tree path.on { stroke: var(--edge); stroke-width: 2; }
+.tree path { fill: none; stroke: var(--quiet); stroke-opacity: .45; stroke-width: 1.5; }
+.tree path.on { stroke: var(--edge); stroke-opacity: 1; stroke-width: 2; }
 .tree rect { fill: var(--card); stroke: var(--line); }
 .tree .on rect { fill: var(--kept); stroke: var(--edge); }
 .tree text { fill: var(--quiet); white-space: pre; }

@@ -23,7 +23,7 @@ PASS_HEADINGS = (
     "drafter prefill",
     "peak memory",
 )
-TOPIC_HEADINGS = ("topic", "questions", "drafter", "exact", "speedup", "decoding alone", "length", "without bonus")
+TOPIC_HEADINGS = ("topic", "drafter", "questions", "exact", "speedup", "decoding alone", "length", "without bonus")
 MARK = "*"
 OTHER_LOOP = f"{MARK} in a loop of its own, so its speedup is not against the same loop."
 UNKNOWN = "–"
@@ -92,8 +92,8 @@ def topic_rows(summary: Summary) -> list[tuple[str, ...]]:
     return [
         (
             topic,
-            f"{line['questions']}",
             _marked(names[name], about),
+            f"{line['questions']}",
             f"{line['exact']:.3f}",
             f"{line['walltime_speedup']:.2f}×",
             f"{line['decode_speedup']:.2f}×",
@@ -141,7 +141,8 @@ def _speed(label: str, line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _pass(label: str, line: Mapping[str, Any]) -> tuple[str, ...]:
-    share, prefill, memory = (line.get(key) for key in ("draft_time_fraction", "drafter_prefill_ratio", "peak_memory"))
+    share, memory = line.get("draft_time_fraction"), line["peak_memory"]
+    prefill = line["drafter_prefill_ratio"] if line["num_prompt_tokens"] else None  # other loops do not tell
     return (
         label,
         f"{line['mean_acceptance_length']:.2f}",
