@@ -1,6 +1,6 @@
 r"""Speedup of drafters over plain decoding with the same engine: alternating pairs, medians, exactness in the same run.
 
-    python benchmarks/speedup.py --target testbed/weights/llava --drafter testbed/weights/llava-eaglevlm lookup \
+    python -m benchmarks.speedup --target testbed/weights/llava --drafter testbed/weights/llava-eaglevlm lookup \
         --prompts testbed/heldout/charts.jsonl testbed/heldout/openstax.jsonl --limit 40
 
 Every prompt is decoded by `none` and by each drafter in turn, the order turning round from prompt to prompt. What
@@ -15,16 +15,15 @@ import json
 import platform
 import statistics
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from speculens import Conversation, Engine, Sampling, TreeShape, load_drafter, load_target
+from benchmarks.prompts import questions
+from speculens import Engine, Sampling, TreeShape, load_drafter, load_target
 from speculens.answer import Answer, Entry, ask, warm_up
-from speculens.data.sources import JsonLines
 from speculens.targets import Prompt, Target
 
 NONE = "none"
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
     target = load_target(given.target, device=given.device, dtype=given.dtype)
-    prompts = [target.encode(question) for question in _questions(given.prompts, given.limit)]
+    prompts = [target.encode(question) for question in questions(given.prompts, given.limit)]
     sampling = Sampling(temperature=given.temperature, max_new_tokens=given.max_new_tokens)
     shape = TreeShape(*given.tree) if given.tree else None
     answers = _measure(target, [NONE, *given.drafter], prompts, sampling, shape)
@@ -58,13 +57,6 @@ def main() -> None:
     print(json.dumps(figures))
     if given.out:
         given.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def _questions(files: Sequence[Path], limit: int) -> list[Conversation]:
-    sources = [JsonLines([str(file)]) for file in files]
-    longest = max(len(source) for source in sources)
-    mixed = chain.from_iterable([source[i] for source in sources if i < len(source)] for i in range(longest))
-    return [Conversation(row.messages[:1]) for row in list(mixed)[:limit]]
 
 
 def _measure(
