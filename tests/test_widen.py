@@ -124,11 +124,11 @@ def prefilled(target: Target, number: int) -> Features:
 
 
 def test_trained_weights_accept_the_same() -> None:
-    small = load_target("testbed/weights/llava", dtype=torch.float64)
-    drafter = load_drafter("testbed/weights/llava-eaglevlm", dtype=torch.float64)
+    small = load_target("testbed/weights/llava", dtype=torch.float32)
+    drafter = load_drafter("testbed/weights/llava-eaglevlm", dtype=torch.float32)
     shape = dataclasses.replace(larger(small), layers=17, heads=3, kv_heads=3)
-    wide = widen_target(small, shape, device="cpu", dtype=torch.float64)
-    prompt = Conversation.user("Which of the team values is highest, and which lowest?", images=[])
+    wide = widen_target(small, shape, device="cpu", dtype=torch.float32)
+    prompt = Conversation.user("Write the data as a markdown table with ranks.", images=[])
     drafts = transcript(small, drafter, prompt)
     assert drafts == transcript(wide, widen_drafter(drafter, wide), prompt)
     assert any(accepted for _, accepted, _ in drafts)
