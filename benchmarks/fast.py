@@ -42,7 +42,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.prompts import HELDOUT, questions, with_pictures
-from benchmarks.widen import SEVEN_B, larger, widen_drafter, widen_target
+from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
 from speculens import Engine, NoDrafter, Sampling, TreeShape, load_drafter, load_target
 from speculens.answer import Answer, Entry, ask
 from speculens.drafters import Drafter
@@ -107,6 +107,8 @@ class Setup:
     shape: TreeShape
     clock: Clock
     compile_seconds: float
+    rounds: int = 5
+    slots: Sequence[int] = tuple(SLOT_TREES)
 
     def engine(self, name: str, prompts: Sequence[Prompt], slots: int = 1, shape: TreeShape | None = None) -> Engine:
         """With room for these prompts and their answers."""
@@ -170,7 +172,7 @@ def measure_steps(setup: Setup) -> dict[str, Any]:
     for engine in engines.values():
         _steps(engine, setup.long, sampling)
     rounds: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in setup.clock.while_left(range(5)):
+    for turn in setup.clock.while_left(range(setup.rounds)):
         for name in engines if turn % 2 else reversed(engines):
             rounds[name].append(1e3 * statistics.median(_steps(engines[name], setup.long, sampling)))
     plain = rounds["plain"]
@@ -184,8 +186,8 @@ def measure_steps(setup: Setup) -> dict[str, Any]:
 
 
 def _steps(engine: Engine, prompt: Prompt, sampling: Sampling) -> list[float]:
-    """Seconds of each step behind the second."""
-    ends = [time.perf_counter() for _ in engine.stream(prompt, sampling)][2:]
+    """Seconds of each step behind the first."""
+    ends = [time.perf_counter() for _ in engine.stream(prompt, sampling)][1:]
     return [after - before for before, after in pairwise(ends)]
 
 
@@ -336,11 +338,12 @@ def _alarm(seconds: float) -> Iterator[None]:
 def measure_slots(setup: Setup) -> dict[str, Any]:
     """All slots are filled, then decode to their ends; on and off in turn, twice."""
     result: dict[str, Any] = {}
-    for slots, shape in setup.clock.while_left(list(SLOT_TREES.items())):
+    for slots in setup.clock.while_left(setup.slots):
+        shape = SLOT_TREES[slots]
         asked = list(islice(cycle(setup.prompts), slots))
         engines = {name: setup.engine(name, asked, slots, shape) for name in (NONE, setup.best)}
         runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in engines}
-        for turn in range(3):
+        for turn in range(3):  # the first one warms up
             for name, engine in engines.items():
                 run = _fill(engine, asked, Sampling(max_new_tokens=setup.new_tokens))
                 if turn:
@@ -464,7 +467,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tree", type=int, nargs=3, default=(5, 10, 60), metavar=("STEPS", "TOPK", "NODES"))
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run, widening included")
     parser.add_argument("--compile-minutes", type=float, default=3.0, help="of Hugging Face's static cache, compiled")
-    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU: few tokens, five times as wide")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU: few tokens, nothing widened")
     parser.add_argument("--out", type=Path, help="folder for each part's JSON")
     return parser
 
@@ -472,20 +475,23 @@ def _arguments() -> argparse.ArgumentParser:
 def _prepare(given: argparse.Namespace, clock: Clock) -> Setup:
     device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.bfloat16)
     small = load_target(given.target, device=device, dtype=dtype)
-    shape = larger(small) if given.tiny else SEVEN_B[small.family]
-    target = widen_target(small, shape, device=device, dtype=dtype)
     drafters = {Path(name).name: load_drafter(name, dtype=dtype, device=device) for name in given.drafters}
+    target = small
+    if not given.tiny:
+        target = widen_target(small, SEVEN_B[small.family], device=device, dtype=dtype)
+        drafters = {name: widen_drafter(drafter, target) for name, drafter in drafters.items()}
     asked = questions([HELDOUT / "charts.jsonl"], 2 if given.tiny else given.prompts)
     return Setup(
         small=small,
         target=target,
-        drafters={name: widen_drafter(drafter, target) for name, drafter in drafters.items()},
+        drafters=drafters,
         prompts=[target.encode(question) for question in with_pictures(asked, given.pictures)],
         long=target.encode(with_pictures(asked, given.long_pictures)[0]),
-        new_tokens=8 if given.tiny else given.max_new_tokens,
+        new_tokens=12 if given.tiny else given.max_new_tokens,
         shape=TreeShape(*given.tree),
         clock=clock,
         compile_seconds=60 * given.compile_minutes,
+        **({"rounds": 1, "slots": (1, 4)} if given.tiny else {}),
     )
 
 
