@@ -420,7 +420,7 @@ def _peak(setup: Setup, name: str) -> int:
     if setup.target.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    ask(setup.engine(name, [setup.long]), setup.long, Sampling(max_new_tokens=16))
+    ask(setup.engine(name, [setup.long]), setup.long, Sampling(max_new_tokens=setup.new_tokens))
     return torch.cuda.max_memory_allocated() if setup.target.device.type == "cuda" else 0
 
 
