@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculens.attention import folded_attention
 from speculens.drafters.config import DrafterConfig
 
 # attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
@@ -108,9 +109,5 @@ def biased_attention(attend: Attend, bias: Tensor) -> Attend:
 
 
 def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    """Attention under a mask (B, m, S) bool, without repeating keys and values: the head group joins the query axis."""
-    batch, heads, rows, dim = queries.shape
-    groups = heads // keys.shape[1]
-    folded = queries.reshape(batch, keys.shape[1], groups * rows, dim)
-    mask = allowed[:, None].repeat(1, 1, groups, 1)
-    return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(batch, heads, rows, dim)
+    """Attention under a mask (B, m, S) bool."""
+    return folded_attention(queries, keys, values, allowed[:, None])
