@@ -53,7 +53,7 @@ def tree_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """queries (B, heads, N, d), keys and values (B, kv_heads, columns, d) -> (B, heads, N, d).
+    """Attend with queries (B, heads, N, d), keys and values (B, kv_heads, columns, d) -> (B, heads, N, d).
 
     scale   of the scores; by default 1 / sqrt(d)
     window  of a layer with a sliding window, in positions
@@ -66,9 +66,7 @@ def tree_attention(
     return folded_attention(queries, keys, values, additive, scale)
 
 
-def folded_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None = None
-) -> Tensor:
+def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """Attention under any mask without repeating keys and values: the head group joins the query axis.
 
     mask  bool or additive, (B, 1, N, columns), or (B, 1, G N, columns) for the G query heads of a group

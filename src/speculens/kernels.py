@@ -197,7 +197,8 @@ def attend(
     width = newest.shape[2]
     rows = heads // kv_heads * nodes
     block_d = max(16, triton.next_power_of_2(dim))
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    wide = queries.element_size() == 4  # float32 has no tensor cores here: small tiles, or registers spill
+    block_m = min(16 if wide else 64, max(16, triton.next_power_of_2(rows)))
     block_s = 64 if queries.element_size() * block_d <= 256 else 32
     grid = triton.cdiv(rows, block_m), batch * kv_heads
     if splits is None:
@@ -213,7 +214,7 @@ def attend(
             *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *seen.stride(), *depth.stride(),
             scale * LOG2E, batch, heads, kv_heads, nodes, width, columns, window or 0,
             DIM=dim, WINDOW=window is not None, BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_D=block_d,
-            num_warps=4, num_stages=2,
+            num_warps=8 if wide else 4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             _merge[(batch * nodes * heads,)](

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,11 @@ class Joined:
         self.bias = _one_tensor(biases) if biases else None
 
     @staticmethod
-    def possible(layers: Sequence[nn.Module]) -> bool:
+    def possible(layers: Sequence[Any]) -> bool:
         """Whether these are plain linear layers alike in input, dtype, device and in having a bias."""
         if not all(type(layer) is nn.Linear for layer in layers):  # a subclass may do something else
             return False
-        kinds = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None) for x in layers}  # type: ignore[union-attr,operator]
+        kinds = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None) for x in layers}
         return len(kinds) == 1
 
     @property
@@ -60,7 +61,7 @@ class Joined:
 
 
 @torch.no_grad()
-def _one_tensor(parts: Sequence[nn.Parameter]) -> Tensor:
+def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
     whole = torch.cat([part.detach() for part in parts])
     for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.data = view
@@ -68,7 +69,7 @@ def _one_tensor(parts: Sequence[nn.Parameter]) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (O, K), and bias (O,): (..., O)."""
+    """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
     return F.linear(x, weight, bias)
 
 

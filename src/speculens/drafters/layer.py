@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from speculens.attention import folded_attention
 from speculens.drafters.config import DrafterConfig
+from speculens.ops import Joined, swiglu
 
 # attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
 # The caller decides where keys and values live and who sees whom: training, prefill and tree growth differ only here.
@@ -33,6 +35,11 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), positions, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def join(self) -> None:
+        """For decoding: queries, keys and values as one product, gate and up as another. Changes no value or name."""
+        self.self_attn.joined = _joined(self.self_attn.projections, self.self_attn.joined)
+        self.mlp.joined = _joined(self.mlp.gates, self.mlp.joined)
+
 
 class _Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
@@ -43,10 +50,19 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+        self.joined: Joined | None = None
+
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         cos, sin = _rope(positions, self.head_dim, self.theta, x.dtype)
-        queries, keys, values = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if _usable(self.joined):
+            states = self.joined(x).split([project.out_features for project in self.projections], -1)
+        else:
+            states = tuple(project(x) for project in self.projections)
+        queries, keys, values = map(self._heads, states)
         mixed = attend(_rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -60,9 +76,28 @@ class _SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
+        self.joined: Joined | None = None
+
+    @property
+    def gates(self) -> tuple[nn.Linear, ...]:
+        return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        if _usable(self.joined):
+            return self.down_proj(swiglu(self.joined(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _joined(layers: tuple[nn.Linear, ...], joined: Joined | None) -> Joined | None:
+    """Join layers, unless they are joined already or cannot be (quantised, or adapted)."""
+    if joined is not None and joined.intact:
+        return joined
+    return Joined(layers) if Joined.possible(layers) else None
+
+
+def _usable(joined: Joined | None) -> TypeGuard[Joined]:
+    """Not in training, where gradients flow to the layers' own parameters, nor after their weights have moved."""
+    return joined is not None and not torch.is_grad_enabled() and joined.intact
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

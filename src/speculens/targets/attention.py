@@ -43,7 +43,7 @@ def attention_forward(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def is_ours(decoder: nn.Module) -> bool:
+def is_ours(decoder: Any) -> bool:
     """Whether a decoder attends by `attention_forward`."""
     return decoder.config._attn_implementation == NAME  # noqa: SLF001 - there is no public name for it
 

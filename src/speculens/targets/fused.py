@@ -9,7 +9,9 @@ tried out on a few rows; any other decoder stays with Hugging Face. Prefill alwa
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +34,8 @@ TRIAL_ROWS = 8
 class _Layer:
     """One layer's weights. `window` is its sliding window, `gains` its norms on queries and keys."""
 
-    input_norm: nn.Module
-    post_norm: nn.Module
+    input_norm: Any
+    post_norm: Any
     qkv: Joined
     output: nn.Linear
     gate_up: Joined
@@ -49,8 +51,8 @@ class FusedDecoder:
     Weights stay where they are: those of one layer's projections are joined, and the decoder's own become views.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        if fault := _fault(decoder):
+    def __init__(self, decoder: Any) -> None:
+        if fault := next(_faults(decoder), None):
             raise ValueError(fault)
         self._decoder = decoder
         self._layers = [_layer(layer) for layer in decoder.layers]
@@ -120,39 +122,36 @@ def fuse(decoder: nn.Module) -> FusedDecoder | None:
         return None
 
 
-def _add_norm(stream: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _add_norm(stream: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     return add_norm(stream, update, norm.weight, norm.variance_epsilon)
 
 
-def _fault(decoder: nn.Module) -> str | None:
-    """What about a decoder is not of the common build, if anything."""
+def _faults(decoder: Any) -> Iterator[str]:
+    """What about a decoder is not of the common build. Only the first is sure to be named."""
     if _children(decoder) != DECODER:
-        return f"it consists of {', '.join(sorted(_children(decoder)))}"
-    norms = [m for name, m in decoder.named_modules() if name.endswith("norm")]
-    if not all(hasattr(norm, "variance_epsilon") for norm in norms):
-        return "its norms are of another kind"
-    devices = {p.device for p in decoder.parameters()}
-    if len(devices) != 1:
-        return "it is spread over several devices"
+        yield f"it consists of {', '.join(sorted(_children(decoder)))}"
+    if not all(hasattr(norm, "variance_epsilon") for name, norm in decoder.named_modules() if name.endswith("norm")):
+        yield "its norms are of another kind"
+    if len({p.device for p in decoder.parameters()}) != 1:
+        yield "it is spread over several devices"
     for layer in decoder.layers:
         if _children(layer) != LAYER:
-            return f"its layers consist of {', '.join(sorted(_children(layer)))}"
+            yield f"its layers consist of {', '.join(sorted(_children(layer)))}"
         attention, mlp = layer.self_attn, layer.mlp
         extra = _children(attention) - {*PROJECTIONS, "o_proj", "rotary_emb"}
         if extra not in (set(), HEAD_NORMS) or _children(mlp) != {*GATES, "down_proj", "act_fn"}:
-            return "its attention or MLP has other parts"
+            yield "its attention or MLP has other parts"
         groups = [_named(attention, PROJECTIONS), _named(mlp, GATES), [attention.o_proj], [mlp.down_proj]]
         if not all(Joined.possible(group) for group in groups):
-            return "its projections are not plain linear layers"
+            yield "its projections are not plain linear layers"
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):  # noqa: SLF001
-            return "something listens to its layers"
-    return None
+            yield "something listens to its layers"
 
 
-def _layer(layer: nn.Module) -> _Layer:
+def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     gains = None
-    if HEAD_NORMS <= _children(attention):
+    if _children(attention) >= HEAD_NORMS:
         gains = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
     return _Layer(
         input_norm=layer.input_layernorm,
