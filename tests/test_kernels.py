@@ -13,6 +13,8 @@ from speculens import kernels, ops
 from speculens.attention import TreeMask, tree_attention
 from speculens.cache import SlotCache
 
+# Triton's interpreter turns arrays of one element into numbers, which newer NumPy dislikes.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.float16: dict(rtol=1e-2, atol=1e-2)}
 
