@@ -287,7 +287,8 @@ def _attend(
         top, mass, mixed = _absorb(scores, v, top, mass, mixed)
 
     # A row that sees nothing here has weight exp(-inf) = 0 in the merge, and zeros rather than 0 / 0.
-    mixed = mixed / tl.where(mass > 0, mass, 1)[:, None]
+    mass = tl.where(mass > 0, mass, 1)
+    mixed = mixed / mass[:, None]
     place = (slot * nodes + node) * heads + head
     place += split.to(tl.int64) * batch * nodes * heads
     out = partial + place[:, None] * DIM + dim[None, :]
