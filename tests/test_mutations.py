@@ -10,12 +10,12 @@ from hypothesis import Phase, given, settings
 import laws
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
-from speculens import sampling
+from speculens import attention, sampling
 from speculens.cache import SlotCache
 from speculens.drafters import NoDrafter
 from speculens.engine import Engine
 from speculens.sampling import Sampling
-from speculens.targets import Target, TargetSession, base
+from speculens.targets import Target, TargetSession
 from speculens.tree import DraftTree
 from trees import assert_walks, trees_and_wants
 
@@ -83,36 +83,36 @@ def change(owner: object, name: str) -> Callable:
     return decorate
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def siblings_see_each_other(right, lengths, ancestors, columns, *window: object):
     above = ancestors & ~torch.eye(ancestors.shape[1], dtype=torch.bool)
     siblings = (above[:, :, None] == above[:, None]).all(-1)
     return right(lengths, ancestors | siblings, columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def all_nodes_see_each_other(right, lengths, ancestors, columns, *window: object):
     return right(lengths, torch.ones_like(ancestors), columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_newest_row_of_the_prefix_is_hidden(right, lengths, ancestors, columns, *window: object):
     newest = torch.arange(columns) == lengths[:, None] - 1
     return right(lengths, ancestors, columns, *window) & ~newest[:, None]
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_mask_begins_one_column_early(right, lengths, ancestors, columns, *window: object):
     return right(lengths - 1, ancestors, columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def a_slot_sees_its_longer_neighbours_columns(right, lengths, ancestors, columns, *window: object):
     stale = torch.arange(columns) >= lengths[:, None] + ancestors.shape[1]
     return right(lengths, ancestors, columns, *window) | stale[:, None]
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_sliding_window_is_forgotten(right, lengths, ancestors, columns, *_window: object):
     return right(lengths, ancestors, columns)
 

@@ -102,7 +102,13 @@ class SlotCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
-        return self._put(layer, 0, keys), self._put(layer, 1, values)
+        self._put(layer, 0, keys)
+        self._put(layer, 1, values)
+        return self.views(layer)
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the aimed rows, (B, heads, columns, head_dim) each: the cache's own memory."""
+        return self._view(layer, 0), self._view(layer, 1)
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Commit the accepted path of every running slot, in place.
@@ -150,7 +156,7 @@ class SlotCache:
         """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
         return Cache(layers=[_Layer(self, layer) for layer in range(len(self._place))])
 
-    def _put(self, layer: int, which: int, states: Tensor) -> Tensor:
+    def _put(self, layer: int, which: int, states: Tensor) -> None:
         if states.shape[1] != self.heads or states.shape[3] != self.head_dim:
             raise RuntimeError(
                 f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, "
@@ -159,7 +165,10 @@ class SlotCache:
         device, first = self._place[layer]
         flat = self._blocks[device][first + which]
         flat.index_copy_(0, self._index.to(device), states.transpose(1, 2).reshape(-1, flat.shape[1]))
-        slots = flat.view(self.slots, self.capacity, self.heads, self.head_dim)
+
+    def _view(self, layer: int, which: int) -> Tensor:
+        device, first = self._place[layer]
+        slots = self._blocks[device][first + which].view(self.slots, self.capacity, self.heads, self.head_dim)
         return slots[self._rows.start : self._rows.stop, : self._columns].transpose(1, 2)
 
 

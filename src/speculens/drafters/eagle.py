@@ -9,7 +9,7 @@ At image rows the embedding is what entered the target's decoder there: the proj
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ class EagleDrafter(nn.Module):
     def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
         """Room for `slots` sequences; raises UserError if this drafter was made for another target."""
         check_fit(self.config, target)
+        for layer in self.layers:
+            cast(DecoderLayer, layer).join()
         return HeadSession(self, target, slots, capacity, shape or self.config.tree)
 
     def describe(self) -> dict[str, Any]:
