@@ -68,7 +68,7 @@ class _Desk:
         ticket = self._supervisor.open(body.choices)
         try:
             first = await _unless_gone(request, self._first(ticket, body))
-            reply = Reply(self._settings.name, body)
+            reply = Reply(self._settings.name, body, ticket.begun)
             pieces = self._pieces(ticket, first, reply, request)
             if body.stream:
                 return _Events(_chunks(pieces, reply, usage=body.wants_usage), ticket)

@@ -33,8 +33,8 @@ class Metrics:
 
     def watch(self, supervisor: Supervisor) -> None:
         """Read the gauges when they are asked for."""
-        running = Gauge(f"{PREFIX}num_requests_running", "Requests being decoded.", registry=self.registry)
-        waiting = Gauge(f"{PREFIX}num_requests_waiting", "Requests before their first token.", registry=self.registry)
+        running = Gauge(f"{PREFIX}num_requests_running", "Sequences in slots.", registry=self.registry)
+        waiting = Gauge(f"{PREFIX}num_requests_waiting", "Sequences that wait for a slot.", registry=self.registry)
         running.set_function(lambda: supervisor.running)
         waiting.set_function(lambda: supervisor.waiting)
 

@@ -61,12 +61,12 @@ class Choice:
 
 
 class Reply:
-    """The answer to one request, taking shape."""
+    """The answer to one request, taking shape. `begun` is when it arrived, on the monotonic clock."""
 
-    def __init__(self, model: str, request: ChatRequest) -> None:
+    def __init__(self, model: str, request: ChatRequest, begun: float) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self._model, self._request = model, request
-        self._created, self._begun = int(time.time()), time.monotonic()
+        self._created, self._begun = int(time.time()), begun
         self.choices = [Choice(StopCut(request.stops)) for _ in range(request.choices)]
         self.prompt_tokens = 0
 

@@ -19,7 +19,7 @@ from typing import Any
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
 from speculens.server.settings import Limits, Model
-from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Piece, Ready, Refusal
+from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Occupied, Piece, Ready, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,12 @@ class Ticket:
     def __init__(self, number: int, places: int, limits: Limits, leave: Callable[[Ticket], None]) -> None:
         self.number, self.places = number, places
         self.begun = time.monotonic()
-        self.started = False
         self._limits, self._leave = limits, leave
         self._loop = asyncio.get_running_loop()
         self._mail: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
 
     def post(self, event: Piece | ApiError) -> None:
         """Deliver an event, from any thread."""
-        self.started = self.started or isinstance(event, Piece)
         try:
             self._loop.call_soon_threadsafe(self._put, event)
         except RuntimeError:  # the loop is closed, and the client with it
@@ -88,6 +86,7 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._status = Status("starting", "the model is loading")
         self._last_words = ""
+        self._occupied = 0
         self._facts: Mapping[str, Any] = {}
         self._drain_until: float | None = None
         self._closing = threading.Event()
@@ -148,13 +147,13 @@ class Supervisor:
 
     @property
     def running(self) -> int:
-        """Requests that have their first token."""
-        return sum(ticket.started for ticket in list(self._tickets.values()))
+        """Slots in use."""
+        return self._occupied
 
     @property
     def waiting(self) -> int:
-        """Requests that have not."""
-        return len(self._tickets) - self.running
+        """Sequences that were asked for and are not in a slot."""
+        return max(sum(ticket.places for ticket in list(self._tickets.values())) - self._occupied, 0)
 
     # Requests
 
@@ -217,6 +216,8 @@ class Supervisor:
                 log.info("the worker is ready")
             case Broken(reason):
                 self._last_words = reason
+            case Occupied(slots):
+                self._occupied = slots
             case Refusal(number, status, message):
                 if ticket := self._tickets.get(number):
                     ticket.post(ApiError(status, message, retry=5 if status == 503 else None))
@@ -229,6 +230,7 @@ class Supervisor:
         """The worker is gone: tell everybody who waits for it."""
         log.error("%s; a new one is started", reason)
         self._status = Status("starting", f"{reason}; a new one is loading")
+        self._occupied = 0
         with self._lock:
             lost = list(self._tickets.values())
         for ticket in lost:

@@ -54,6 +54,13 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Occupied:
+    """How many slots are in use now."""
+
+    slots: int
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A request, or what is left of it, ends without an answer."""
 
@@ -84,5 +91,5 @@ class Piece:
     stats: Stats | None = None
 
 
-Event: TypeAlias = Ready | Broken | Refusal | Piece
+Event: TypeAlias = Ready | Broken | Occupied | Refusal | Piece
 Command: TypeAlias = Ask | Cancel

@@ -31,7 +31,7 @@ from speculens.errors import UserError
 from speculens.sampling import Logprob, Sampling
 from speculens.server.errors import origin_of
 from speculens.server.settings import Limits, Model
-from speculens.server.wire import Ask, Broken, Cancel, Event, Piece, Ready, Refusal
+from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal
 from speculens.targets import Prompt, Target, load_target
 from speculens.text import TextStream
 from speculens.tree import DraftTree
@@ -139,6 +139,7 @@ class Worker:
         self._requests: dict[int, Request] = {}
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._events: list[Event] = []
+        self._occupied = 0
         self._encoding = threading.Lock()  # tokenizers do not like to be shared
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="speculens-reader")
 
@@ -151,11 +152,18 @@ class Worker:
                 for lane in self._lanes:
                     self._admit(lane)
                     self._step(lane)
-                if self._events:
-                    self._pipe.send(self._events)
-                    self._events = []
+                self._report()
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _report(self) -> None:
+        occupied = sum(len(lane.engine.running) for lane in self._lanes)
+        if occupied != self._occupied:
+            self._occupied = occupied
+            self._events.append(Occupied(occupied))
+        if self._events:
+            self._pipe.send(self._events)
+            self._events = []
 
     # The other threads
 
