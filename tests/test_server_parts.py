@@ -9,11 +9,11 @@ import ssl
 import threading
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling, UserError
 from speculens.cli import _speculation
 from speculens.server import images
@@ -28,7 +28,7 @@ REMOTE = Limits(remote_images=True, image_bytes=1000, image_seconds=1.0)
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+        "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.1", "224.0.0.1",
         "255.255.255.255", "240.0.0.1", "192.0.2.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1",
         "fec0::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "2002:7f00:1::", "64:ff9b::7f00:1", "2001:db8::1", "::7f00:1",
         "nonsense",
@@ -80,7 +80,7 @@ class Site(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"x" * (2000 if self.path == "/large" else 10))
 
-    def log_message(self, *_):
+    def log_message(self, form, *arguments):  # noqa: ANN002 - as its base has it
         pass
 
 
@@ -113,7 +113,7 @@ def test_a_picture_comes_from_the_address_that_was_checked(site):
         ("/slow", "within 1 seconds"),
         ("/to/http://127.0.0.1/", "not a public address"),
         ("/to/file:///etc/passwd", "not a plain"),
-        ("/to//to//to//to//to//x", "not known|redirects|could not"),
+        ("/to/http://[::ffff:127.0.0.1]/", "not a public address"),
     ],
 )
 def test_a_picture_that_cannot_be_had_says_why(site, path, reason):
@@ -129,7 +129,7 @@ def test_redirects_are_counted(site, monkeypatch):
 
 def test_certificates_are_checked(site):
     assert ssl.create_default_context().check_hostname
-    with pytest.raises(UserError, match="could not be fetched|did not arrive"):
+    with pytest.raises(UserError, match=r"could not be fetched|did not arrive"):
         fetch(site.replace("http:", "https:"), REMOTE)
 
 

@@ -27,8 +27,8 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     door = _door(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings.model, settings.limits, metrics.count)
-    supervisor.start()
     try:
+        supervisor.start()
         if settings.api_key is None and not is_loopback(settings.host):
             log.warning("everybody who reaches %s may use this server: give it an --api-key", settings.host)
         host, port = door.getsockname()[:2]
@@ -47,6 +47,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         _Server(config, supervisor, lambda: on_ready(address)).run([door])
     finally:
         supervisor.stop()
+        door.close()
 
 
 class _Server(uvicorn.Server):
@@ -80,7 +81,11 @@ def _door(settings: Settings) -> socket.socket:
         )[0]
         door = socket.socket(family, socket.SOCK_STREAM)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(address)
+        try:
+            door.bind(address)
+        except OSError:
+            door.close()
+            raise
     except OSError as error:
         raise UserError(f"{settings.host}:{settings.port} cannot be served: {error.strerror}.") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it; the system drops those that take nothing

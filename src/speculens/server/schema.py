@@ -11,6 +11,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 GREEDY = 1e-5  # below this temperature, division would overflow; vLLM draws the same line
 
 
+def _sound(text: str) -> str:
+    """JSON can spell half of a surrogate pair; no tokenizer takes it."""
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("the text holds half of a surrogate pair, which is no unicode character")
+    return text
+
+
+Words: TypeAlias = Annotated[str, AfterValidator(_sound)]
+
+
 class Part(BaseModel):
     """Every object here: no unknown fields, no NaN."""
 
@@ -21,7 +31,7 @@ class TextPart(Part):
     """A piece of text."""
 
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class ImageUrl(Part):
@@ -45,7 +55,7 @@ class Message(Part):
     """One turn; `name` and `refusal` are taken and have no effect."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Content], Field(min_length=1, max_length=1024)]
+    content: Words | Annotated[list[Content], Field(min_length=1, max_length=1024)]
     name: str | None = None
     refusal: str | None = None
 
@@ -75,7 +85,7 @@ def _only(*neutral: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024)]
+Text: TypeAlias = Annotated[Words, Field(min_length=1, max_length=1024)]
 
 
 class ChatRequest(Part):
