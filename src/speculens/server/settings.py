@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class Model:
     """What the worker loads, and how much of it runs side by side.
 
-    drafter   folder or hub id, `lookup` or `none`
+    drafter   folder, hub id, or the name of one that needs no weights
     tree      changes of the drafter's own tree: num_steps, topk, num_draft_tokens
     length    tokens of prompt and answer to make room for; None takes the engine's default
     slots     sequences that run side by side
