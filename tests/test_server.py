@@ -305,7 +305,7 @@ def test_the_schema_finds_no_fault_in_the_server(served):
     seen = set()
     for operation in (found.ok() for found in schema.get_all_operations()):
 
-        @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case):
             answer = case.call()
