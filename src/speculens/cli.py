@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from speculens.data.respond import Asking
     from speculens.drafters import Drafter
     from speculens.targets import Target
-    from speculens.tree import TreeShape
 
 app = typer.Typer(
     add_completion=False,
@@ -88,6 +87,19 @@ SampleTopK = Annotated[int, typer.Option("--top-k", help="0 is off.", rich_help_
 SampleTopP = Annotated[float, typer.Option("--top-p", rich_help_panel=SAMPLING)]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
+]
+NumSteps = Annotated[
+    int | None, typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE)
+]
+TopK = Annotated[int | None, typer.Option(help="Children per node, and the beam.", rich_help_panel=TREE)]
+NumDraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-draft-tokens",
+        "--total-token",
+        help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
+        rich_help_panel=TREE,
+    ),
 ]
 
 
@@ -189,6 +201,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     if compare and drafter == "none":
         raise UserError("--compare sets a drafter beside none: name one with --drafter.")
     from speculens.answer import Entry, ask, warm_up
+    from speculens.drafters.base import reshaped
     from speculens.engine import Engine
     from speculens.sampling import Sampling
     from speculens.show import Screen, closing
@@ -206,7 +219,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     )
     conversation = _conversation(question, image or [], system)
     model, guesser = _load(target, drafter, dtype, device, device_map, revision)
-    shape = _shape(guesser, {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens})
+    shape = reshaped(guesser, _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens))
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
     engine = Engine(model, guesser, capacity=capacity, shape=shape)
@@ -266,19 +279,9 @@ def _usable(device: str | None) -> str | None:
     return device
 
 
-def _shape(drafter: Drafter, wanted: dict[str, int | None]) -> TreeShape | None:
-    """The drafter's own tree with what was asked for; None if nothing was."""
-    from speculens.tree import TreeShape
-
-    changes = {name: value for name, value in wanted.items() if value is not None}
-    if not changes:
-        return None
-    own = drafter.describe()["tree"]
-    if "num_steps" not in own:
-        raise UserError(
-            f"The drafter {drafter.name} grows no tree: leave out --{next(iter(changes)).replace('_', '-')}."
-        )
-    return TreeShape(**{**own, **changes})
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were set."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _write_page(
@@ -512,7 +515,7 @@ def _asking(config: Path | None, suffix: str | None, options: dict[str, Any]) ->
     from speculens.data.respond import PLACE, Asking
     from speculens.training.config import load
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _given(**options)
     if suffix is not None:
         given["templates"] = (f"{PLACE} {suffix}",)
     return replace(load(Asking, config) if config else Asking(), **given)
@@ -690,6 +693,110 @@ def export(
         _print_json(
             {"path": str(out), "layout": to.value, "method": guesser.name, "bytes": stored, "versions": _versions()}
         )
+
+
+@app.command()
+def serve(  # noqa: PLR0913, PLR0917 - a flag each
+    target: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
+    drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP + " Default `none`.")] = None,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="The same as vLLM writes it: `method`, `model`, `num_speculative_tokens`."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call it; default: the target.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SPECULENS_API_KEY", show_envvar=True, help="Ask every client for this key.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that are decoded side by side.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are told 429.")] = 32,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds; then an answer is cut.")] = 600.0,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds for what runs, after SIGTERM.")] = 30.0,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch pictures from public http(s) addresses.")
+    ] = False,
+    max_images: Annotated[int, typer.Option(min=0, help="Pictures in one request.")] = 8,
+    max_image_mb: Annotated[float, typer.Option(min=0.01, help="Size of one picture, in MiB.")] = 20.0,
+    max_image_mp: Annotated[float, typer.Option(min=0.01, help="Pixels of one picture, in millions.")] = 40.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.01, help="Size of one request, in MiB.")] = 32.0,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="No second engine without the drafter, which the page compares to.")
+    ] = False,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Answer any OpenAI client over HTTP."""
+    from speculens.server.settings import Limits, Model, Settings
+
+    try:
+        from speculens.server.run import serve as run
+    except ImportError as error:
+        raise UserError(f"The server needs {error.name}: pip install 'speculens[serve]'.") from None
+    method, tokens = _speculation(speculative_config, drafter)
+    tree = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens or tokens)
+    model = Model(
+        target=target,
+        drafter=method,
+        tree=tree,
+        dtype=dtype.value,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        length=max_model_len,
+        slots=max_num_seqs,
+        baseline=not no_baseline,
+    )
+    limits = Limits(
+        queue=max_queue,
+        request_seconds=request_timeout,
+        drain_seconds=drain_timeout,
+        remote_images=allow_remote_images,
+        images=max_images,
+        image_bytes=int(max_image_mb * 2**20),
+        image_pixels=int(max_image_mp * 1e6),
+        body_bytes=int(max_body_mb * 2**20),
+    )
+    name = served_model_name or target
+    settings = Settings(model, limits, name, host, port, api_key or None)
+
+    def ready(address: str) -> None:
+        if json:
+            _print_json({"url": address, "model": name, "drafter": method, "versions": _versions()})
+        else:
+            typer.echo(f"{name} with drafter {method} answers at {address} (Ctrl-C ends it).")
+        sys.stdout.flush()
+
+    run(settings, ready)
+
+
+def _speculation(config: str | None, drafter: str | None) -> tuple[str, int | None]:
+    """The drafter and the nodes of its tree, from vLLM's JSON or from the name alone."""
+    if config is None:
+        return drafter or "none", None
+    if drafter is not None:
+        raise UserError("--drafter and --speculative-config say the same: give one of them.")
+    try:
+        asked = jsons.loads(config)
+    except ValueError as error:
+        raise UserError(f"--speculative-config is not JSON: {error}.") from None
+    known = ("method", "model", "num_speculative_tokens")
+    if not isinstance(asked, dict) or set(asked) - set(known):
+        raise UserError(f"--speculative-config is a JSON object of {', '.join(known)}.")
+    method, model, tokens = (asked.get(key) for key in known)
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise UserError(f"num_speculative_tokens must be a whole number from 1 on, not {tokens!r}.")
+    name = {"ngram": "lookup", "lookup": "lookup", "none": "none"}.get(str(method), model)
+    if not isinstance(name, str):
+        raise UserError("--speculative-config names no drafter: give a `model`, or the method `ngram`.")
+    return name, None if tokens is None else tokens + 1  # vLLM does not count the root
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch import Tensor
 from speculens.conversation import Conversation
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
-from speculens.sampling import Sampling, choose
+from speculens.sampling import Logprob, Sampling, choose, likelihoods
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
@@ -57,6 +57,7 @@ class Step:
     text      newly released text
     accepted  how many of the tokens were drafted (the others are the target's bonus, or the prefill's)
     tree      the draft tree of this slot, (1, N); None at the prefill
+    logprobs  of each emitted token, if the slot's sampling asks for them
     """
 
     slot: Slot
@@ -64,6 +65,7 @@ class Step:
     text: str
     accepted: int
     tree: DraftTree | None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Engine:
                 raise
         self._running.append(slot)
         emitted, text = self._emit(slot, first.tolist())
-        step = Step(slot, emitted, text, 0, None)
+        step = Step(slot, emitted, text, 0, None, likelihoods(logits, tree, sampling, past, [0], emitted))
         self._leave()
         return step
 
@@ -199,7 +201,8 @@ class Engine:
         with self._clock("score", slots):
             logits, hidden = self._target.score(tree)
         with self._clock("choose", slots):
-            want = self._choose(logits, tree, slots)
+            history = self._history(slots)
+            want = self._choose(logits, tree, slots, history)
             path, counts = tree.follow(want)
             tokens = want.gather(1, path)
             self._target.keep(path, counts)
@@ -209,7 +212,9 @@ class Engine:
             emitted, text = self._emit(slot, chosen[:count])
             accepted = min(len(emitted), count - 1)
             slot.stats.add_pass(len(emitted), accepted, int(tree.size) - 1)
-            steps.append(Step(slot, emitted, text, accepted, tree.rows(slice(row, row + 1))))
+            own, nodes = tree.rows(slice(row, row + 1)), path[row, : len(emitted)]
+            known = likelihoods(logits[row : row + 1], own, slot.sampling, history[row], nodes, emitted)
+            steps.append(Step(slot, emitted, text, accepted, own, known))
         if any(slot.finish_reason is None for slot in slots):
             with self._clock("observe", slots):
                 along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -226,12 +231,17 @@ class Engine:
 
     # Inside
 
-    def _choose(self, logits: Tensor, tree: DraftTree, slots: Sequence[Slot]) -> Tensor:
+    def _choose(
+        self, logits: Tensor, tree: DraftTree, slots: Sequence[Slot], history: Sequence[Sequence[int]]
+    ) -> Tensor:
         position = torch.tensor([len(slot.tokens) for slot in slots], device=logits.device)
-        samplings = [slot.sampling for slot in slots]
-        needed = any(sampling.needs_history for sampling in samplings)
-        history = [slot.prompt.ids.tolist() + slot.tokens[:-1] if needed else [] for slot in slots]
-        return choose(logits, tree, samplings, position, history)
+        return choose(logits, tree, [slot.sampling for slot in slots], position, history)
+
+    @staticmethod
+    def _history(slots: Sequence[Slot]) -> list[list[int]]:
+        """Each slot's committed tokens, prompt included; empty where no slot's choice depends on them."""
+        needed = any(slot.sampling.needs_history for slot in slots)
+        return [slot.prompt.ids.tolist() + slot.tokens[:-1] if needed else [] for slot in slots]
 
     def _emit(self, slot: Slot, tokens: Sequence[int]) -> tuple[list[int], str]:
         """Hand tokens to a slot one by one until it must stop."""

@@ -50,6 +50,7 @@ class Sampling:
     seed                  the same seed gives the same text, whatever the drafter
     stop                  stop strings: the text ends with the token that completes one
     ignore_eos            go on after end-of-sequence tokens (for measuring)
+    logprobs              report each emitted token's log-probability and those of so many likeliest; None reports none
     processors            further stateless Hugging Face logits processors, run node by node before the warpers
     """
 
@@ -63,6 +64,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
     processors: tuple[LogitsProcessor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class Sampling:
                 (not -(1 << 63) <= self.seed < 1 << 63, f"seed must fit in 64 bits, signed, not {self.seed}"),
                 (isinstance(self.stop, str), "stop must be several strings, not one: write (text,)"),
                 (any(not text for text in self.stop), "a stop string must not be empty"),
+                (self.logprobs is not None and self.logprobs < 0, f"logprobs must be 0 or more, not {self.logprobs}"),
             )
             if bad
         ]
@@ -110,6 +113,15 @@ class Sampling:
             self.no_repeat_ngram_size,
             processors=self.processors,
         )
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely an emitted token was, and the likeliest ones in its place: pairs of token and log-probability."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 def choose(
@@ -146,6 +158,30 @@ def choose(
     noise = gumbel(seeds[:, None], positions, logits.shape[-1]) * drawn[:, None, None]
     depth = tree.depth[..., None].expand(-1, -1, logits.shape[-1])
     return (scores + noise.gather(1, depth)).argmax(-1)
+
+
+def likelihoods(
+    logits: Tensor,
+    tree: DraftTree,
+    sampling: Sampling,
+    history: Sequence[int],
+    path: Tensor | Sequence[int],
+    tokens: Sequence[int],
+) -> tuple[Logprob, ...]:
+    """Log-probabilities of one slot's emitted tokens under the distribution they were chosen from.
+
+    Greedy choices are measured by the softmax of the processed logits.
+
+    logits  (1, N, V) raw; `tree` and `history` are the slot's own, as in `choose`
+    path    the node at which each of `tokens` was chosen
+    """
+    if sampling.logprobs is None:
+        return ()
+    scores = process(logits.float(), sampling.law, tree, [history])[0, path].log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(sampling.logprobs, scores.shape[-1]))
+    rows = zip(tokens, chosen, ids.tolist(), values.tolist(), strict=True)
+    return tuple(Logprob(token, value, tuple(zip(top, tops, strict=True))) for token, value, top, tops in rows)
 
 
 def process(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequence[Sequence[int]]) -> Tensor:
