@@ -88,19 +88,6 @@ SampleTopP = Annotated[float, typer.Option("--top-p", rich_help_panel=SAMPLING)]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
 ]
-NumSteps = Annotated[
-    int | None, typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE)
-]
-TopK = Annotated[int | None, typer.Option(help="Children per node, and the beam.", rich_help_panel=TREE)]
-NumDraftTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--num-draft-tokens",
-        "--total-token",
-        help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
-        rich_help_panel=TREE,
-    ),
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -602,6 +589,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     from speculens.bench.suites import load_suite
     from speculens.checkpoints import load_drafter
     from speculens.data.respond import Asking
+    from speculens.drafters.base import reshaped
     from speculens.show import Screen
 
     asking = Asking(
@@ -613,8 +601,8 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     drafters = {
         name: load_drafter(name, dtype=model.dtype, device=model.device, target=model) for name in ours if name != NONE
     }
-    wanted = {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens}
-    shapes = {name: shape for name, guesser in drafters.items() if (shape := _shape(guesser, wanted))}
+    wanted = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
+    shapes = {name: shape for name, guesser in drafters.items() if (shape := reshaped(guesser, wanted))}
     measured = Bench(
         model,
         drafters,

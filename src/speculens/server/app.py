@@ -81,14 +81,18 @@ class _Desk:
 
     async def models(self) -> Response:
         """The one model that is served."""
-        facts = dict(self._supervisor.facts)
+        facts, limits = dict(self._supervisor.facts), self._settings.limits
         card = {
             "id": self._settings.name,
             "object": "model",
             "created": self._born,
             "owned_by": "speculens",
             "max_model_len": facts.get("max_model_len"),
-            "speculens": {**facts, "remote_images": self._settings.limits.remote_images},
+            "speculens": {
+                **facts,
+                "remote_images": limits.remote_images,
+                "limits": {name: getattr(limits, name) for name in ("images", "image_pixels", "image_bytes")},
+            },
         }
         return JSONResponse({"object": "list", "data": [card]})
 
