@@ -129,8 +129,8 @@ class DraftTree:
 def _ancestors(parents: Tensor, levels: int) -> Tensor:
     """(B, N, N) bool reachability from (B, N) parents, by squaring: log2(levels) small products."""
     size = parents.shape[1]
-    eye = torch.eye(size, device=parents.device)
-    reach = torch.maximum(eye, torch.nn.functional.one_hot(parents, size).to(eye.dtype))
+    nodes = torch.arange(size, device=parents.device)
+    reach = ((parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
     steps = 1
     while steps < levels:
         reach = (reach @ reach).clamp_(max=1)
