@@ -15,7 +15,17 @@ from oracle import CAPACITY, Ask, OracleDrafter, prompt, random_eagle, target
 from speculens.drafters import LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
-from speculens.sampling import STATEFUL_PROCESSORS, Laws, Needs, Sampling, _uniform, correct, gumbel, node_histories, warp
+from speculens.sampling import (
+    STATEFUL_PROCESSORS,
+    Laws,
+    Needs,
+    Sampling,
+    _uniform,
+    correct,
+    gumbel,
+    node_histories,
+    warp,
+)
 from speculens.tree import DraftTree
 from trees import line
 

@@ -10,18 +10,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.conversation import Conversation
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
-from speculens.sampling import Sampling, choose
+from speculens.loop import Bucket, Corrected, Loop
+from speculens.sampling import Laws, Needs, Sampling, choose, correct
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
 from speculens.tree import DraftTree, TreeShape
+
+WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
 
 
 @dataclass(eq=False)
@@ -83,6 +89,7 @@ class Engine:
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
     shape     draft tree; None takes the drafter's own
     timed     wait for the device around each part, so that `Stats.seconds` is true on a GPU (costs speed there)
+    capture   `auto`: on one CUDA device, steps are recorded as graphs and replayed; `off`: they never are
     """
 
     def __init__(
@@ -94,14 +101,18 @@ class Engine:
         capacity: int | None = None,
         shape: TreeShape | None = None,
         timed: bool = False,
+        capture: Literal["auto", "off"] = "auto",
     ) -> None:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
         self.capacity = capacity or min(target.context, 4096)
+        self._shape = shape
         self._drafter = self.drafter.session(target, slots, self.capacity, shape)
         # Drafted nodes are scored above the committed rows.
         self._target = target.session(slots, self.capacity + self._drafter.nodes)
         self._running: list[Slot] = []
+        self._loop = Loop(self._target, self._drafter, slots, target.device)
+        self._recorder = Recorder(self._loop.step, self._loop.state if capture == "auto" else None)
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
 
     @property
@@ -172,13 +183,12 @@ class Engine:
         with self._clock("prefill", [slot]):
             logits, features = self._target.prefill(prompt)
             try:
-                tree = DraftTree.root(features.tokens[:, -1])
-                past = prompt.ids[:-1].tolist() if sampling.needs_history else []
-                first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
+                first = self._first(slot, logits, features.tokens[:, -1])
                 slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
             except BaseException:
                 self._target.free(len(self._running))
                 raise
+            self._loop.front.admit(len(self._running), first, sampling)
         self._running.append(slot)
         emitted, text = self._emit(slot, first.tolist())
         step = Step(slot, emitted, text, 0, None)
@@ -190,31 +200,39 @@ class Engine:
         slots = list(self._running)
         if not slots:
             return []
-        device = self.target.device
-        roots = torch.tensor([slot.tokens[-1] for slot in slots], device=device)
-        with self._clock("draft", slots):
-            tree = self._drafter.draft(roots)
-        with self._clock("score", slots):
-            logits, hidden = self._target.score(tree)
-        with self._clock("choose", slots):
-            want = self._choose(logits, tree, slots)
-            path, counts = tree.follow(want)
-            tokens = want.gather(1, path)
-            self._target.keep(path, counts)
-            table = torch.cat([counts[:, None], tokens], 1).tolist()  # the step's one host read
+        tree, table = self._round(slots)
         steps = []
-        for row, (slot, (count, *chosen)) in enumerate(zip(slots, table, strict=True)):
-            emitted, text = self._emit(slot, chosen[:count])
-            accepted = min(len(emitted), count - 1)
-            slot.stats.add_pass(len(emitted), accepted, int(tree.size) - 1)
-            steps.append(Step(slot, emitted, text, accepted, tree.rows(slice(row, row + 1))))
-        if any(slot.finish_reason is None for slot in slots):
-            with self._clock("observe", slots):
-                along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-                self._drafter.observe(along, tokens, [count for count, *_ in table])
-        self._target.settle([slot.length for slot in slots])
+        accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
+        for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
+            emitted, text = self._emit(slot, chosen)
+            drafted = min(len(emitted), len(chosen) - 1)
+            slot.stats.add_pass(len(emitted), drafted, int(tree.size) - 1)
+            steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1))))
+        self._target.settle([len(chosen) for chosen in accepted])
+        self._drafter.settle(accepted)
         self._leave()
         return steps
+
+    def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
+        """Record every graph that requests of such settings will need; nothing where steps are not recorded.
+
+        samplings  settings by kind: greedy, with or without each filter; a batch may hold one kind or all of them
+        progress   called after each graph with how many are done, and how many there are
+        """
+        self._check_idle()
+        if not self._recorder.on:
+            return
+        self._target.rehearse()
+        kinds = dict.fromkeys(Needs.of(some) for some in (*([one] for one in samplings), samplings))
+        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
+        columns = dict.fromkeys(column_bucket(length, self.capacity) for length in range(1, self.capacity + 1))
+        # The largest first: later graphs find room in what it took.
+        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, [self._shape], reversed(columns))]
+        for done, bucket in enumerate(buckets, 1):
+            if not self._recorder.ready(bucket):
+                return
+            if progress:
+                progress(done, len(buckets))
 
     def cancel(self, slot: Slot) -> None:
         """End a slot now; its row is free for the next request. Does nothing if it has ended already."""
@@ -224,12 +242,39 @@ class Engine:
 
     # Inside
 
-    def _choose(self, logits: Tensor, tree: DraftTree, slots: Sequence[Slot]) -> Tensor:
-        position = torch.tensor([len(slot.tokens) for slot in slots], device=logits.device)
+    def _round(self, slots: Sequence[Slot]) -> tuple[DraftTree, list[list[int]]]:
+        """The step on the device, replayed where that is possible, and its one host read."""
+        bucket = self._bucket([slot.sampling for slot in slots])
+        corrected = self._correction(slots)
+        if corrected is None and self._recorder.ready(bucket):
+            with self._clock("step", slots):
+                outcome = self._recorder.replay(bucket)
+                return outcome.tree.clone(), outcome.table.tolist()
+        outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)
+        with self._clock("choose", slots):
+            return outcome.tree, outcome.table.tolist()
+
+    def _bucket(self, samplings: Sequence[Sampling]) -> Bucket:
+        """What the next step looks like. The tree's shape is decided here and nowhere else."""
+        rows, longest, needs = len(samplings), self._target.cache.longest, Needs.of(samplings)
+        if not self._recorder.on:
+            return Bucket(rows, needs, self._shape)
+        return Bucket(row_bucket(rows, self.slots), needs, self._shape, column_bucket(longest, self.capacity))
+
+    def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> Tensor:
+        """The token (1,) after the prompt, whose last is `root` (1,)."""
+        tree, sampling = DraftTree.root(root), slot.sampling
+        if corrected := self._correction([slot]):
+            logits = corrected(logits, tree)
+        return choose(logits, tree, Laws.of([sampling], root.device), Needs.of([sampling]), torch.zeros_like(root))[0]
+
+    def _correction(self, slots: Sequence[Slot]) -> Corrected | None:
+        """What the slots' own past does to their logits, if their settings ask for it."""
         samplings = [slot.sampling for slot in slots]
-        needed = any(sampling.needs_history for sampling in samplings)
-        history = [slot.prompt.ids.tolist() + slot.tokens[:-1] if needed else [] for slot in slots]
-        return choose(logits, tree, samplings, position, history)
+        if not any(sampling.needs_history for sampling in samplings):
+            return None
+        history = [[*slot.prompt.ids.tolist(), *slot.tokens][:-1] for slot in slots]
+        return lambda logits, tree: correct(logits, tree, samplings, history)
 
     def _emit(self, slot: Slot, tokens: Sequence[int]) -> tuple[list[int], str]:
         """Hand tokens to a slot one by one until it must stop."""
@@ -254,6 +299,7 @@ class Engine:
             if self._running[row].finish_reason is not None:
                 self._target.free(row)
                 self._drafter.free(row)
+                self._loop.front.free(row, len(self._running) - 1)
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last

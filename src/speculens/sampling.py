@@ -154,7 +154,9 @@ class Laws:
         """One row for each."""
         kinds = (torch.long, torch.bool, torch.float32, torch.long, torch.float32, torch.float32)
         columns = zip(*map(_numbers, samplings), strict=True)
-        return Laws(*(torch.tensor(column, dtype=kind, device=device) for column, kind in zip(columns, kinds, strict=True)))
+        return Laws(
+            *(torch.tensor(column, dtype=kind, device=device) for column, kind in zip(columns, kinds, strict=True))
+        )
 
     def put(self, row: int, sampling: Sampling) -> None:
         """Write one row, in place."""
@@ -211,7 +213,7 @@ def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
     if needs.top_p:
         rising = scores.sort(-1)
         cut = rising.values.softmax(-1).cumsum(-1) <= laws.top_p[:, None, None]
-        cut[..., -1:] = False
+        cut[..., -1:].fill_(False)
         scores = scores.masked_fill(cut.scatter(-1, rising.indices, cut), -torch.inf)
     if needs.min_p:
         likely = scores.softmax(-1)
@@ -219,9 +221,7 @@ def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
     return scores
 
 
-def correct(
-    logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], history: Sequence[Sequence[int]]
-) -> Tensor:
+def correct(logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], history: Sequence[Sequence[int]]) -> Tensor:
     """Apply what depends on the past (penalty, n-grams, further processors) to (B, N, V) logits, in Hugging Face's order.
 
     history  per slot the committed token ids before the root, prompt included; read only if its settings need it

@@ -86,6 +86,12 @@ class Target:
         return next(self.embedding.parameters()).device
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether a pass is kernels on one device alone. Quantised layers may decide on the host; moves always do."""
+        devices = {weight.device for weight in self.model.parameters()}
+        return len(devices) == 1 and not getattr(self.model, "is_quantized", False)
+
+    @property
     def context(self) -> int:
         """Positions that the model was made for."""
         return int(getattr(self.text_config, "max_position_embeddings", 1 << 30))
@@ -171,10 +177,14 @@ class Target:
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has nothing left to find out."""
+        return self._softcap is None or self._softcap_applies is not None
+
     def calibrate(self, inputs: dict[str, Any], hidden: Tensor) -> None:
         """Find out once whether this model's own forward soft-caps its logits: versions of transformers differ."""
-        if self._softcap is None or self._softcap_applies is not None:
-            self._softcap_applies = bool(self._softcap_applies)
+        if self.calibrated:
             return
         own = self.model(**{k: self._fitted(v) for k, v in inputs.items()}, logits_to_keep=1).logits[0, -1].float()
         plain = self.head(hidden).float()
@@ -202,10 +212,12 @@ class TargetSession:
             devices=[next(layer.parameters()).device for layer in target.decoder.layers],
         )
         self._past = self.cache.as_transformers()
+        # What a step carries to the next one, where it is tensor operations on one device; else None.
+        self.state = (self.cache.lengths,) if target.can_be_captured else None
         # Next position minus number of rows: not 0 on M-RoPE targets (a picture takes fewer positions than rows) and on
         # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
         self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
-        self._axes = 1
+        self._axes = 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
         self._groups = groups_in_mask(target.decoder.config)
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
@@ -223,9 +235,9 @@ class TargetSession:
             hidden = target.decoder(**{**door, "past_key_values": self._past, "use_cache": True}).last_hidden_state
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
-            cache.commit(range(row, row + 1), [len(prompt)])
+            cache.commit(len(prompt))
+            cache.settle([len(prompt)], row)
         positions = door.get("position_ids")
-        self._axes = 3 if positions is not None and positions.ndim == 3 else 1
         self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - len(prompt)
         device = target.device
         features = Features(
@@ -238,13 +250,24 @@ class TargetSession:
         )
         return logits, features
 
+    def rehearse(self) -> None:
+        """Let the model show now what it else shows at the first prompt, before a graph is recorded without it."""
+        if not self.target.calibrated:
+            ids = torch.zeros(2, dtype=torch.long)
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+            self.prefill(Prompt(ids, inputs, ids.bool()))
+            self.free(self.cache.running - 1)
+
     @torch.no_grad()
-    def score(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """One pass over every node of every running slot: logits (B, N, V) and hidden states (B, N, H)."""
-        target, cache = self.target, self.cache
-        cache.aim(range(cache.running), tree.size)
-        lengths = cache.lengths[: cache.running]
-        positions = (lengths + self._offsets[: cache.running])[:, None] + tree.depth
+    def score(self, tree: DraftTree, horizon: int = 0) -> tuple[Tensor, Tensor]:
+        """One pass over every node of the first B rows: logits (B, N, V) and hidden states (B, N, H). No host read.
+
+        horizon  a bound of the committed rows of every slot: how far the pass looks; 0 looks as far as it must
+        """
+        target, cache, batch = self.target, self.cache, len(tree.tokens)
+        cache.aim(range(batch), tree.size, horizon=horizon)
+        lengths = cache.lengths[:batch]
+        positions = (lengths + self._offsets[:batch])[:, None] + tree.depth
         if self._axes == 3:
             positions = positions.expand(3, -1, -1)
         hidden = target.decoder(
@@ -257,12 +280,12 @@ class TargetSession:
         return target.logits(hidden), hidden
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
-        """Commit the accepted path of every running slot; the drafted rest is forgotten."""
+        """Commit the accepted path of the first B rows; the drafted rest is forgotten."""
         self.cache.keep(path, counts)
 
-    def settle(self, lengths: Sequence[int]) -> None:
-        """Exact lengths, once the host knows them."""
-        self.cache.settle(lengths)
+    def settle(self, counts: Sequence[int]) -> None:
+        """How many rows each running slot kept, once the host knows."""
+        self.cache.settle(counts)
 
     def free(self, row: int) -> None:
         """Forget a slot; the last running one takes its row."""
