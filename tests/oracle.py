@@ -233,7 +233,7 @@ class _Trie:
 class _OracleSession:
     def __init__(self, habits: OracleDrafter, vocab: int) -> None:
         self.habits, self.vocab, self.nodes = habits, vocab, habits.size + 4
-        self.state = None
+        self.state, self.nbytes = None, 0
         self._slots: list[_Known] = []
 
     def begin(self, features: Features, first: Tensor) -> None:

@@ -140,7 +140,7 @@ def test_drafts_while_decoding_equal_drafts_from_a_fresh_start(family):
 
         def session(self, *args: object):
             self.inner = wide.session(*args)
-            self.nodes, self.state, self.trees = self.inner.nodes, None, []
+            self.nodes, self.state, self.nbytes, self.trees = self.inner.nodes, None, 0, []
             return self
 
         def begin(self, features, first):

@@ -44,6 +44,7 @@ class SlotCache:
     ) -> None:
         self.slots, self.capacity, self.heads, self.head_dim = slots, capacity, heads, head_dim
         self.running = 0
+        self._filling = False
         self.extents = [0] * slots
         self.lengths = torch.zeros(slots, dtype=torch.long, device=devices[0])
         # One block per device holds the keys and values of all its layers: keep() is then two kernels, not 4 per layer.
@@ -81,23 +82,28 @@ class SlotCache:
 
     def admit(self) -> int:
         """Open the next row, empty, and return its number."""
-        if self.running == self.slots:
-            raise RuntimeError(f"all {self.slots} slots are running")
-        row = self.running
+        row = self._open()
         self.running += 1
-        self.lengths[row] = 0
-        self.extents[row] = 0
         return row
 
     @contextmanager
     def opening(self) -> Iterator[int]:
-        """`admit` for the length of a block that fills the row; the row is freed again if that fails."""
-        row = self.admit()
+        """A block that fills the row behind the running ones; then it runs, too. If that fails, nothing has happened.
+
+        Steps and `free` may come meanwhile. So the row's number is `running` at any time, and what is filled must be
+        committed, because steps that are padded write junk behind it.
+        """
+        row = self._open()
+        self._filling = True
         try:
             yield row
         except BaseException:
-            self.free(row)
+            self._wipe(self.running)
             raise
+        else:
+            self.running += 1
+        finally:
+            self._filling = False
 
     def aim(self, rows: range, width: int, start: int = 0, horizon: int = 0) -> None:
         """Let the next writes go to columns `length + start` .. `+ width` of these rows; reads see all before.
@@ -145,20 +151,37 @@ class SlotCache:
             self.extents[row] += count
 
     def free(self, row: int) -> None:
-        """Forget a row; the last running slot takes its place.
-
-        The row left over is wiped: masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN.
-        """
+        """Forget a row; the last running slot takes its place."""
         last = self.running - 1
-        for block in self._blocks.values():
-            slots = block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
-            if row != last:
-                slots[:, row] = slots[:, last]
-            slots[:, last] = 0
-        self.lengths[row] = self.lengths[last]
-        self.extents[row] = self.extents[last]
-        self.lengths[last] = self.extents[last] = 0
+        self._move(last, row)
+        if self._filling:
+            self._move(self.running, last)
+        self._wipe(last + self._filling)
         self.running = last
+
+    def _open(self) -> int:
+        if self.running + self._filling == self.slots:
+            raise RuntimeError(f"all {self.slots} slots are running")
+        self.lengths[self.running] = self.extents[self.running] = 0
+        return self.running
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            for slots in self._by_row():
+                slots[:, target] = slots[:, source]
+            self.lengths[target] = self.lengths[source]
+            self.extents[target] = self.extents[source]
+
+    def _wipe(self, row: int) -> None:
+        """Masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN: nothing of it may stay."""
+        for slots in self._by_row():
+            slots[:, row] = 0
+        self.lengths[row] = self.extents[row] = 0
+
+    def _by_row(self) -> Iterator[Tensor]:
+        """Views (layers and kinds, slots, columns ever written to, heads x dim) of all that is held."""
+        for block in self._blocks.values():
+            yield block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
 
     def as_transformers(self) -> Cache:
         """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,6 +20,7 @@ from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.conversation import Conversation
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
+from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop
 from speculens.sampling import Laws, Needs, Sampling, choose, correct
 from speculens.stats import Stats
@@ -34,7 +35,8 @@ WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
 class Slot:
     """One running sequence. `tokens` are those emitted so far, the prefill's first.
 
-    finish_reason  None while running; then `stop` (an EOS token or stop string), `length` or `cancelled`
+    finish_reason  None while running; then `stop` (an EOS token or stop string), `length`, `cancelled` or `error`
+    error          what ended a submitted request before its first token
     """
 
     prompt: Prompt
@@ -43,6 +45,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats = field(default_factory=Stats)
+    error: Exception | None = None
 
     @property
     def text(self) -> str:
@@ -89,6 +92,7 @@ class Engine:
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
     shape     draft tree; None takes the drafter's own
     timed     wait for the device around each part, so that `Stats.seconds` is true on a GPU (costs speed there)
+    prefill_chunk  rows of a submitted prompt that are filled in between two steps of the running slots; None: all
     capture   `auto`: on one CUDA device, steps are recorded as graphs and replayed; `off`: they never are
     """
 
@@ -101,6 +105,7 @@ class Engine:
         capacity: int | None = None,
         shape: TreeShape | None = None,
         timed: bool = False,
+        prefill_chunk: int | None = None,
         capture: Literal["auto", "off"] = "auto",
     ) -> None:
         self.target, self.drafter = target, drafter or NoDrafter()
@@ -110,7 +115,10 @@ class Engine:
         self._drafter = self.drafter.session(target, slots, self.capacity, shape)
         # Drafted nodes are scored above the committed rows.
         self._target = target.session(slots, self.capacity + self._drafter.nodes)
+        self.prefill_chunk = prefill_chunk
         self._running: list[Slot] = []
+        self._waiting: deque[Slot] = deque()
+        self._filling: tuple[Slot, Generator[None, None, tuple[Tensor, Features]]] | None = None
         self._loop = Loop(self._target, self._drafter, slots, target.device)
         self._recorder = Recorder(self._loop.step, self._loop.state if capture == "auto" else None)
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
@@ -119,6 +127,16 @@ class Engine:
     def running(self) -> Sequence[Slot]:
         """Slots in row order."""
         return tuple(self._running)
+
+    @property
+    def pending(self) -> Sequence[Slot]:
+        """Submitted requests that do not run yet, the next one first."""
+        return (*([self._filling[0]] if self._filling else []), *self._waiting)
+
+    @property
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of keys and values of target and drafter: held from the start, whatever runs."""
+        return {"target": self._target.nbytes, "drafter": self._drafter.nbytes}
 
     # One request
 
@@ -169,37 +187,41 @@ class Engine:
     # Slots
 
     def admit(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Step:
-        """Prefill a request into a free slot and choose its first token.
+        """Prefill a request into a free slot at once and choose its first token.
 
-        Raises UserError if it cannot fit, RuntimeError if no slot is free.
+        Raises UserError if it cannot fit, RuntimeError if no slot is free or submitted requests wait for one.
         """
         if len(self._running) == self.slots:
             raise RuntimeError(f"all {self.slots} slots are running")
-        sampling = sampling or Sampling()
-        prompt = request if isinstance(request, Prompt) else self.target.encode(request)
-        self._check_room(prompt, sampling)
-        tokenizer = self.target.tokenizer
-        slot = Slot(prompt, sampling, TextStream(tokenizer, sampling.stop) if tokenizer else None)
+        if self.pending:
+            raise RuntimeError(f"{len(self.pending)} submitted requests are waiting: submit this one, too")
+        slot = self._slot(request, sampling)
         with self._clock("prefill", [slot]):
-            logits, features = self._target.prefill(prompt)
-            try:
-                first = self._first(slot, logits, features.tokens[:, -1])
-                slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
-            except BaseException:
-                self._target.free(len(self._running))
-                raise
-            self._loop.front.admit(len(self._running), first, sampling)
-        self._running.append(slot)
-        emitted, text = self._emit(slot, first.tolist())
-        step = Step(slot, emitted, text, 0, None)
-        self._leave()
-        return step
+            logits, features = self._target.prefill(slot.prompt)
+            return self._begin(slot, logits, features)
+
+    def submit(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Slot:
+        """Queue a request. `step` fills it in when a slot is free, a piece at a time, and brings its first token.
+
+        Raises UserError if it cannot fit. What goes wrong later ends this slot alone: `error` says what it was.
+        """
+        slot = self._slot(request, sampling)
+        self._waiting.append(slot)
+        return slot
 
     def step(self) -> list[Step]:
-        """One round for every running slot."""
-        slots = list(self._running)
-        if not slots:
-            return []
+        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it.
+
+        Where nothing runs, prompts are filled in until something does.
+        """
+        steps = self._advance(list(self._running)) if self._running else []
+        while self.pending and len(self._running) < self.slots:
+            steps += self._fill()
+            if self._running:
+                break
+        return steps
+
+    def _advance(self, slots: Sequence[Slot]) -> list[Step]:
         tree, table = self._round(slots)
         steps = []
         accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
@@ -238,9 +260,60 @@ class Engine:
         """End a slot now; its row is free for the next request. Does nothing if it has ended already."""
         if slot.finish_reason is None:
             slot.finish_reason = "cancelled"
+            if slot in self._waiting:
+                self._waiting.remove(slot)
+            elif self._filling and self._filling[0] is slot:
+                self._filling[1].close()
+                self._filling = None
             self._leave()
 
     # Inside
+
+    def _slot(self, request: Conversation | Prompt, sampling: Sampling | None) -> Slot:
+        sampling = sampling or Sampling()
+        prompt = request if isinstance(request, Prompt) else self.target.encode(request)
+        self._check_room(prompt, sampling)
+        tokenizer = self.target.tokenizer
+        return Slot(prompt, sampling, TextStream(tokenizer, sampling.stop) if tokenizer else None)
+
+    def _fill(self) -> list[Step]:
+        """One piece of the first submitted prompt; a Step if that was its last."""
+        if self._filling is None:
+            slot = self._waiting.popleft()
+            self._filling = slot, self._target.pieces(slot.prompt, self.prefill_chunk)
+        slot, pieces = self._filling
+        with self._clock("prefill", [slot]):
+            try:
+                next(pieces)
+                return []
+            except StopIteration as end:
+                self._filling = None
+                try:
+                    return [self._begin(slot, *end.value)]
+                except Exception as error:  # noqa: BLE001 - kept for whoever submitted it
+                    return [self._fail(slot, error)]
+            except Exception as error:  # noqa: BLE001 - the same
+                self._filling = None
+                return [self._fail(slot, error)]
+
+    def _fail(self, slot: Slot, error: Exception) -> Step:
+        slot.finish_reason, slot.error = "error", error
+        return Step(slot, [], "", 0, None)
+
+    def _begin(self, slot: Slot, logits: Tensor, features: Features) -> Step:
+        """Let a prompt that the target has taken in run: its first token."""
+        row = len(self._running)
+        try:
+            first = self._first(slot, logits, features.tokens[:, -1])
+            slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
+        except BaseException:
+            self._target.free(row)
+            raise
+        self._loop.front.admit(row, first, slot.sampling)
+        self._running.append(slot)
+        emitted, text = self._emit(slot, first.tolist())
+        self._leave()
+        return Step(slot, emitted, text, 0, None)
 
     def _round(self, slots: Sequence[Slot]) -> tuple[DraftTree, list[list[int]]]:
         """The step on the device, replayed where that is possible, and its one host read."""
@@ -305,8 +378,8 @@ class Engine:
                     self._running[row] = last
 
     def _check_idle(self) -> None:
-        if self._running:
-            raise RuntimeError(f"{len(self._running)} slots are running: let them end, or use admit and step for all")
+        if busy := len(self._running) + len(self.pending):
+            raise RuntimeError(f"{busy} slots are running: let them end, or use admit and step for all")
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
         asked = len(prompt) + sampling.max_new_tokens

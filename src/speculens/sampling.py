@@ -222,7 +222,7 @@ def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
 
 
 def correct(logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], history: Sequence[Sequence[int]]) -> Tensor:
-    """Apply what depends on the past (penalty, n-grams, further processors) to (B, N, V) logits, in Hugging Face's order.
+    """Apply penalty, n-grams and further processors to (B, N, V) logits, in Hugging Face's order.
 
     history  per slot the committed token ids before the root, prompt included; read only if its settings need it
     """

@@ -40,12 +40,15 @@ class DraftSession(Protocol):
     state  all tensors on the device, caches of keys and values apart, that carry something from one step to the next;
            then `draft` and `observe` must be tensor operations of fixed shapes without a host read. None: some of the
            work is done on the host, so that steps cannot be captured
+    nbytes bytes of keys and values, held from the start
     """
 
     @property
     def nodes(self) -> int: ...
     @property
     def state(self) -> Sequence[Tensor] | None: ...
+    @property
+    def nbytes(self) -> int: ...
 
     def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
         """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,).
@@ -103,6 +106,7 @@ class NoDrafter:
 
 class _NoSession:
     nodes = 1
+    nbytes = 0
     state: Sequence[Tensor] = ()
 
     def begin(self, features: Features, first: Tensor) -> None: ...

@@ -65,7 +65,7 @@ class _LookupSession:
     def __init__(self, longest: int, shape: TreeShape) -> None:
         self._longest, self._shape = longest, shape
         self.nodes = shape.num_draft_tokens
-        self.state = None  # histories are the host's
+        self.state, self.nbytes = None, 0  # histories are the host's
         self._slots: list[_History] = []
 
     def begin(self, features: Features, first: Tensor) -> None:

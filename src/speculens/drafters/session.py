@@ -51,6 +51,7 @@ class HeadSession:
         self._memory = torch.zeros_like(self._hidden)
         self._horizon = 0
         self.state = (self.cache.lengths, self._hidden, self._position)
+        self.nbytes = self.cache.nbytes
 
     @torch.no_grad()
     def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:

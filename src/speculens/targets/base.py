@@ -7,7 +7,7 @@ the decoder is called directly with embeddings, positions, a 4-D mask and our ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +186,7 @@ class Target:
         """Find out once whether this model's own forward soft-caps its logits: versions of transformers differ."""
         if self.calibrated:
             return
+        assert self._softcap is not None  # noqa: S101 - for the type checker: else it is calibrated
         own = self.model(**{k: self._fitted(v) for k, v in inputs.items()}, logits_to_keep=1).logits[0, -1].float()
         plain = self.head(hidden).float()
         capped = torch.tanh(plain / self._softcap) * self._softcap
@@ -222,31 +223,56 @@ class TargetSession:
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
 
-    @torch.no_grad()
     def prefill(self, prompt: Prompt) -> tuple[Tensor, Features]:
         """Admit a prompt into the next row, in one forward: logits (1, 1, V) after its last token, and features."""
-        target, cache = self.target, self.cache
+        pieces = self.pieces(prompt)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                result: tuple[Tensor, Features] = end.value
+                return result
+
+    @torch.no_grad()
+    def pieces(self, prompt: Prompt, size: int | None = None) -> Generator[None, None, tuple[Tensor, Features]]:
+        """`prefill` with a pause after every `size` rows of the text decoder; steps may run and rows be freed in it.
+
+        The vision tower runs before the first piece, at once. A family whose decoder takes more by row than embeddings,
+        positions and a plain mask (image blocks, deepstack) is filled in one piece. Closing the generator, or an error,
+        leaves no trace.
+        """
+        target, cache, rows = self.target, self.cache, len(prompt)
         mask = prompt.inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask.all():
             raise UserError("The prompt holds padding, which the draft tree would read as text: encode it without.")
-        with cache.opening() as row:
-            cache.aim(range(row, row + 1), len(prompt))
-            door = target.at_the_door(prompt.inputs, self._past)
-            hidden = target.decoder(**{**door, "past_key_values": self._past, "use_cache": True}).last_hidden_state
+        with cache.opening():
+            row = cache.running
+            cache.aim(range(row, row + 1), rows)
+            door = target.at_the_door(prompt.inputs, self._past) | {"past_key_values": self._past, "use_cache": True}
+            size = size if size and _is_plain(door) else rows
+            parts = []
+            for start in range(0, rows, size):
+                if start:
+                    yield
+                stop = min(start + size, rows)
+                row = cache.running  # not what it was, if a slot has ended
+                cache.aim(range(row, row + 1), stop - start)
+                parts.append(target.decoder(**(_piece(door, start, stop) if size < rows else door)).last_hidden_state)
+                cache.commit(stop - start)
+                cache.settle([stop - start], row)
+            hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
-            cache.commit(len(prompt))
-            cache.settle([len(prompt)], row)
-        positions = door.get("position_ids")
-        self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - len(prompt)
+            positions = door.get("position_ids")
+            self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - rows
         device = target.device
         features = Features(
             tokens=prompt.ids[None].to(device),
             hidden=hidden.to(device),
             embeds=door["inputs_embeds"].to(device),
-            positions=torch.arange(len(prompt), device=device)[None],
+            positions=torch.arange(rows, device=device)[None],
             image=prompt.image[None].to(device),
-            lengths=torch.tensor([len(prompt)], device=device),
+            lengths=torch.tensor([rows], device=device),
         )
         return logits, features
 
@@ -283,6 +309,11 @@ class TargetSession:
         """Commit the accepted path of the first B rows; the drafted rest is forgotten."""
         self.cache.keep(path, counts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, held from the start."""
+        return self.cache.nbytes
+
     def settle(self, counts: Sequence[int]) -> None:
         """How many rows each running slot kept, once the host knows."""
         self.cache.settle(counts)
@@ -311,3 +342,27 @@ class TargetSession:
 def _last_position(positions: Tensor) -> Tensor:
     """Largest position, from (B, n), M-RoPE's (3, B, n), or (4, B, n) whose first row is the plain text position."""
     return (positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions).amax()
+
+
+# What a decoder takes that is about rows and can be cut between any two of them.
+_BY_ROW = ("inputs_embeds", "position_ids", "cache_position")
+
+
+def _is_plain(door: Mapping[str, Any]) -> bool:
+    """Whether a decoder's inputs are embeddings, positions and no more than a padding mask."""
+    mask = door.get("attention_mask")
+    rest = (value for name, value in door.items() if name not in (*_BY_ROW, "attention_mask", "past_key_values"))
+    plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    return plain and not any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in rest)
+
+
+def _piece(door: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The inputs of some rows. The mask is of ones alone, which the decoder's own causal mask makes needless."""
+    cut = {name: door[name] for name in _BY_ROW if door.get(name) is not None}
+    embeds = cut.pop("inputs_embeds")[:, start:stop]
+    return {
+        **door,
+        **{name: value[..., start:stop] for name, value in cut.items()},
+        "inputs_embeds": embeds,
+        "attention_mask": None,
+    }
