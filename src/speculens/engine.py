@@ -305,7 +305,9 @@ class Engine:
         row = len(self._running)
         try:
             first = self._first(slot, logits, features.tokens[:, -1])
-            slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
+            slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
+            if begun := self._drafter.begin(features, first):
+                slot.stats.add_view(begun.rows, begun.notes)
         except BaseException:
             self._target.free(row)
             raise
