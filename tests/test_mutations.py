@@ -69,7 +69,8 @@ def replayed() -> None:
     engine = Engine(target("llava"), guesser("eaglevlm", "llava"), slots=4, capacity=300, shape=WIDE, prefill_chunk=6)
     engine._recorder = Replica(engine)
     law = Sampling(max_new_tokens=LENGTH)
-    slots = [engine.submit(prompt("llava", ask), law) for ask in asks]
+    slots = [engine.admit(prompt("llava", ask), law).slot for ask in asks[:3]]
+    slots.append(engine.submit(prompt("llava", asks[3]), law))
     while engine.running or engine.pending:
         engine.step()
     for ask, slot in zip(asks, slots, strict=True):

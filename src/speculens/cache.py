@@ -47,6 +47,8 @@ class SlotCache:
         self._filling = False
         self.extents = [0] * slots
         self.lengths = torch.zeros(slots, dtype=torch.long, device=devices[0])
+        self._offsets = torch.arange(capacity, device=devices[0])
+        self._starts = torch.arange(slots, device=devices[0]) * capacity
         # One block per device holds the keys and values of all its layers: keep() is then two kernels, not 4 per layer.
         self._blocks: dict[torch.device, Tensor] = {}
         self._place: list[tuple[torch.device, int]] = []
@@ -118,9 +120,8 @@ class SlotCache:
         if self._columns > self.capacity:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
         self._high = max(self._high, self._columns)
-        base = torch.arange(rows.start, rows.stop, device=self.lengths.device) * self.capacity
-        base = base + self.lengths[rows.start : rows.stop] + start
-        self._index = (base[:, None] + torch.arange(width, device=base.device)).flatten()
+        index = self._ends(rows)[:, None] + self._offsets[start : start + width]
+        self._index = index.flatten()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
@@ -133,9 +134,8 @@ class SlotCache:
         counts  (B,) how many
         """
         batch, width = path.shape
-        base = torch.arange(batch, device=path.device)[:, None] * self.capacity + self.lengths[:batch, None]
-        source = (base + path).flatten()
-        target = (base + torch.arange(width, device=path.device)).flatten()
+        ends = self._ends(range(batch))[:, None]
+        source, target = (ends + path).flatten(), (ends + self._offsets[:width]).flatten()
         for device, block in self._blocks.items():
             # The right-hand side is gathered before anything is written, so overlapping moves are safe.
             block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
@@ -158,6 +158,10 @@ class SlotCache:
             self._move(self.running, last)
         self._wipe(last + self._filling)
         self.running = last
+
+    def _ends(self, rows: range) -> Tensor:
+        """Where the next column of each row stands in a block."""
+        return self._starts[rows.start : rows.stop] + self.lengths[rows.start : rows.stop]
 
     def _open(self) -> int:
         if self.running + self._filling == self.slots:

@@ -190,15 +190,19 @@ def choose(logits: Tensor, tree: DraftTree, laws: Laws, needs: Needs, position: 
     tree      the B trees; the token wanted at a node of depth d is output number `position + d`
     position  (B,) long, output number (from 0) of the token wanted at the root
     """
-    logits = logits.float()
+    logits = logits if logits.dtype in _EXACT_IN_FLOAT and not needs.draws else logits.float()
     if not needs.draws:
         return logits.argmax(-1)
     scores = warp(logits, laws, needs)
     # Nodes of one depth guess the same output position, so they share its noise.
     positions = position[:, None] + torch.arange(tree.levels + 1, device=logits.device)
     noise = gumbel(laws.seed[:, None], positions, logits.shape[-1]) * laws.draws[:, None, None]
-    depth = tree.depth[..., None].expand(-1, -1, logits.shape[-1])
-    return (scores + noise.gather(1, depth)).argmax(-1)
+    # Row by row: a batch of float64 scores over a large vocabulary would be gigabytes.
+    rows = zip(scores, noise, tree.depth, strict=True)
+    return torch.stack([(own + drawn[depth]).argmax(-1) for own, drawn, depth in rows])
+
+
+_EXACT_IN_FLOAT = (torch.float32, torch.bfloat16, torch.float16)  # the cast changes no order
 
 
 def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
