@@ -8,15 +8,21 @@ import torch
 from hypothesis import Phase, given, settings
 
 import laws
+import test_grow
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
 from speculens import attention, sampling
+from speculens import engine as engine_module
 from speculens.cache import SlotCache
+from speculens.capture import Recorder
 from speculens.drafters import NoDrafter
+from speculens.drafters.session import HeadSession
 from speculens.engine import Engine
+from speculens.loop import Loop
 from speculens.sampling import Sampling
 from speculens.targets import Target, TargetSession
 from speculens.tree import DraftTree
+from test_capture import WIDE, Replica, guesser
 from trees import assert_walks, trees_and_wants
 
 LENGTH = 20
@@ -55,6 +61,28 @@ def same_with_any_drafter() -> None:
     drafted = Engine(target("llava"), guesser, slots=4, capacity=128).generate_all(prompts, samplings)
     for one, other in zip(drafted, alone, strict=True):
         compare(one.tokens, other.tokens)
+
+
+def replayed() -> None:
+    """Steps as graphs would run them, with rows of padding, beside a prompt that is filled in piece by piece."""
+    asks = [Ask(), Ask(seed=2), Ask(images=2, seed=1), Ask(images=3, turns=3, seed=3)]
+    engine = Engine(target("llava"), guesser("eaglevlm", "llava"), slots=4, capacity=300, shape=WIDE, prefill_chunk=6)
+    engine._recorder = Replica(engine)
+    law = Sampling(max_new_tokens=LENGTH)
+    slots = [engine.admit(prompt("llava", ask), law).slot for ask in asks[:3]]
+    slots.append(engine.submit(prompt("llava", asks[3]), law))
+    while engine.running or engine.pending:
+        engine.step()
+    for ask, slot in zip(asks, slots, strict=True):
+        compare(slot.tokens, reference("llava", ask, law))
+
+
+def same_drafts() -> None:
+    """What was accepted leaves the drafter as if it had read the whole text at once."""
+    try:
+        test_grow.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("llava")
+    except AssertionError as error:
+        raise NotExactError from error
 
 
 def plain_walk() -> None:
@@ -132,8 +160,8 @@ def the_rope_delta_is_the_last_requests(right, session, asked):
 
 
 @change(TargetSession, "score")
-def depth_is_not_added_to_positions(right, session, tree):
-    return right(session, replace(tree, depth=torch.zeros_like(tree.depth)))
+def depth_is_not_added_to_positions(right, session, tree, horizon=0):
+    return right(session, replace(tree, depth=torch.zeros_like(tree.depth)), horizon)
 
 
 @change(SlotCache, "keep")
@@ -183,7 +211,8 @@ def the_walk_ignores_ancestors(_right, tree, want):
 
 @change(DraftTree, "follow")
 def padding_is_accepted(right, tree, want):
-    return right(replace(tree, live=torch.ones_like(tree.live)), want)
+    path, counts = right(replace(tree, live=torch.ones_like(tree.live)), want)
+    return path, counts.clamp(max=path.shape[1])  # several children may be the wanted one
 
 
 @change(DraftTree, "follow")
@@ -224,6 +253,33 @@ def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, engine, slot, t
     slot.tokens += before
     emitted, text = right(engine, slot, [last])
     return [*before, *emitted], text
+
+
+@change(Loop, "step")
+def rows_of_padding_advance(right, loop, *args: object):
+    loop.front.live.fill_(True)
+    return right(loop, *args)
+
+
+@change(engine_module, "column_bucket")
+def a_bucket_is_too_small_for_its_rows(_right, _columns, _most):
+    return 32
+
+
+@change(Recorder, "_restore")
+def recording_leaves_its_traces(_right, _recorder, _kept): ...
+
+
+@change(SlotCache, "commit")
+def pieces_of_a_prompt_are_committed_too_late(right, cache, counts):
+    right(cache, counts)
+    if cache._filling and cache._high > 10:
+        cache.lengths[cache.running] -= 2
+
+
+@change(HeadSession, "observe")
+def what_was_not_accepted_is_remembered(right, session, hidden, tokens, counts):
+    right(session, hidden, tokens, torch.full_like(counts, tokens.shape[1]))
 
 
 def only_one_end_id_is_known(patch: pytest.MonkeyPatch) -> None:
@@ -277,6 +333,16 @@ MUTANTS = [
         Mutant(apply, plain_walk)
         for apply in (the_walk_ignores_ancestors, padding_is_accepted, the_walk_accepts_one_too_many)
     ),
+    *(
+        Mutant(apply, replayed)
+        for apply in (
+            rows_of_padding_advance,
+            a_bucket_is_too_small_for_its_rows,
+            recording_leaves_its_traces,
+            pieces_of_a_prompt_are_committed_too_late,
+        )
+    ),
+    Mutant(what_was_not_accepted_is_remembered, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),
     Mutant(noise_does_not_depend_on_the_seed, pair_law),
     Mutant(noise_depends_on_the_tree, same_with_any_drafter),

@@ -13,6 +13,7 @@ Because every emitted token is the target's own want given its own prefix, the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,15 @@ class DraftTree:
 
     def rows(self, which: Tensor | slice) -> DraftTree:
         """The trees of some of the slots."""
+        return self._each(lambda part: part[which])
+
+    def clone(self) -> DraftTree:
+        """The same in memory of its own: a replayed step writes its next tree into this one's."""
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> DraftTree:
         parts = (self.tokens, self.parents, self.depth, self.live, self.ancestors)
-        tokens, parents, depth, live, ancestors = (part[which] for part in parts)
+        tokens, parents, depth, live, ancestors = map(change, parts)
         return DraftTree(tokens, parents, depth, live, ancestors, self.levels)
 
     def follow(self, want: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +125,9 @@ class DraftTree:
         No host read. A node is accepted iff each node on its line equals its parent's want.
         """
         agrees = (self.tokens == want.gather(1, self.parents)) & self.live
-        agrees[:, 0] = True
+        agrees[:, 0].fill_(True)
         accepted = ~(self.ancestors & ~agrees[:, None, :]).any(-1)
-        order = torch.where(accepted, self.depth, self.levels + 1)
+        order = self.depth.masked_fill(~accepted, self.levels + 1)
         path = order.argsort(dim=1, stable=True)[:, : self.levels + 1]
         return path, accepted.sum(1)
 
@@ -136,8 +144,8 @@ class DraftTree:
 def _ancestors(parents: Tensor, levels: int) -> Tensor:
     """(B, N, N) bool reachability from (B, N) parents, by squaring: log2(levels) small products."""
     size = parents.shape[1]
-    eye = torch.eye(size, device=parents.device)
-    reach = torch.maximum(eye, torch.nn.functional.one_hot(parents, size).to(eye.dtype))
+    nodes = torch.arange(size, device=parents.device)
+    reach = ((parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
     steps = 1
     while steps < levels:
         reach = (reach @ reach).clamp_(max=1)
@@ -154,15 +162,16 @@ def tree_mask(
     ancestors  (B, N, M) bool with M >= N: which of the M newest columns node i may see
     window     sliding-window size in positions (needs depth (B, N), with M == N); None sees the whole prefix
     """
-    offset = torch.arange(columns, device=lengths.device) - lengths[:, None]
+    place = torch.arange(columns, device=lengths.device)
     batch, nodes, newest = ancestors.shape
-    index = offset.clamp(0, newest - 1)[:, None].expand(batch, nodes, columns)
-    in_tree = ((offset >= 0) & (offset < newest))[:, None] & ancestors.gather(2, index)
-    prefix = (offset < 0)[:, None]
+    mask = (place < lengths[:, None])[:, None].repeat(1, nodes, 1)
+    # A row that does not run may be longer than what is looked at; what it sees does not matter.
+    index = (lengths[:, None] + place[:newest]).clamp(max=columns - 1)
+    mask.scatter_(2, index[:, None].expand_as(ancestors), ancestors)
     if window is None:
-        return prefix | in_tree
+        return mask
     if depth is None:
         raise ValueError("a sliding window needs the depth of the nodes")
-    key_depth = torch.where(offset < 0, offset, depth.gather(1, offset.clamp(0, newest - 1)))
-    near = depth[:, :, None] - key_depth[:, None] < window
-    return (prefix | in_tree) & near
+    position = place.expand(batch, -1).scatter(1, index, lengths[:, None] + depth)
+    near = (lengths[:, None] + depth)[..., None] - position[:, None] < window
+    return mask & near
