@@ -8,15 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from speculens.attention import TreeMask, tree_attention
 from speculens.cache import SlotCache
 from speculens.drafters.base import Lender, Prefilled
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.grow import grow, likeliest
-from speculens.drafters.layer import Attend, causal_attention, masked_attention
+from speculens.drafters.layer import Attend, causal_attention
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.tree import DraftTree, TreeShape, tree_mask
+from speculens.tree import DraftTree, TreeShape
 
 
 class Head(Protocol):
@@ -119,10 +120,10 @@ class HeadSession:
         """The layer over new columns `start` .. of every running slot; newest (B, m, M) masks the M newest columns."""
         batch, width = rows.positions.shape
         self.cache.aim(range(batch), width, start, self._horizon)
-        allowed = tree_mask(self.cache.lengths[:batch], newest, self.cache.columns)
+        mask = TreeMask(self.cache.lengths[:batch], newest)
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return masked_attention(queries, *self.cache.write(0, keys, values), allowed)
+            return tree_attention(queries, *self.cache.write(0, keys, values), mask)
 
         return self.drafter(rows, attend, step)
 
