@@ -35,9 +35,10 @@ class ToyDrafter:
         self.expanded = [[] for _ in roots]
         return torch.arange(len(roots), dtype=torch.float64)[:, None]
 
-    def propose(self, hidden):
+    def propose(self, hidden, count):
         rows = [self.law(self.lines[int(number)]) for number in hidden.flatten()]
-        return torch.stack(rows).view(*hidden.shape[:2], VOCAB)
+        top = torch.stack(rows).view(*hidden.shape[:2], VOCAB).topk(count)
+        return top.indices, top.values
 
     def expand(self, tokens, parents, level, lineage):
         hidden = torch.empty(*tokens.shape, 1, dtype=torch.float64)
@@ -106,8 +107,9 @@ def test_numbers_that_are_not_finite_cannot_push_the_root_out():
     """A drafter that overflows may draft nonsense, but node 0 must stay the token that the target chose."""
     shape = TreeShape(num_steps=2, topk=3, num_draft_tokens=6)
 
-    def nan_law(hidden):
-        return torch.full((*hidden.shape[:2], VOCAB), float("nan"))
+    def nan_law(hidden, count):
+        top = torch.full((*hidden.shape[:2], VOCAB), float("nan")).topk(count)
+        return top.indices, top.values
 
     tree = grow(torch.tensor([4]), torch.zeros(1, 1), nan_law, lambda *_: torch.zeros(1, 3, 1), shape)
     assert int(tree.tokens[0, 0]) == 4

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculens.features import Features
 from speculens.tree import DraftTree, TreeShape
@@ -30,7 +30,8 @@ class Lender(Protocol):
     @property
     def device(self) -> torch.device: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor: ...
+    def head_rows(self, tokens: Tensor) -> nn.Linear: ...
 
 
 class DraftSession(Protocol):

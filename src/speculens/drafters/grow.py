@@ -13,8 +13,8 @@ from torch import Tensor
 
 from speculens.tree import DraftTree, TreeShape
 
-# propose(hidden (B, n, H)) -> log-probabilities (B, n, V) in float32 of the token after each
-Propose = Callable[[Tensor], Tensor]
+# propose(hidden (B, n, H), k) -> the k likeliest tokens after each, (B, n, k), and their log-probabilities in float32
+Propose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # expand(tokens (B, k), hidden of their parents (B, k, H), level, lineage (B, k, (level + 1) k)) -> hidden (B, k, H);
 # lineage marks, among the nodes expanded so far, each node's ancestors and itself
 Expand = Callable[[Tensor, Tensor, int, Tensor], Tensor]
@@ -46,8 +46,7 @@ def grow(roots: Tensor, hidden: Tensor, propose: Propose, expand: Expand, shape:
     zeros = torch.zeros_like(roots)[:, None]
     found = _Candidates([roots[:, None]], [hidden.new_zeros(batch, 1, dtype=torch.float32)], [zeros], [zeros])
 
-    top = propose(hidden[:, None]).topk(width)
-    tokens, scores = top.indices[:, 0], top.values[:, 0]
+    tokens, scores = (part[:, 0] for part in propose(hidden[:, None], width))
     nodes = torch.arange(1, width + 1, device=roots.device).expand(batch, -1)
     found.add(tokens, scores, zeros.expand(-1, width), 1)
 
@@ -55,9 +54,8 @@ def grow(roots: Tensor, hidden: Tensor, propose: Propose, expand: Expand, shape:
     lineage, parent_hidden = own, hidden[:, None].expand(-1, width, -1)
     for level in range(shape.num_steps):
         output = expand(tokens, parent_hidden, level, lineage)
-        top = propose(output).topk(width)
-        reach = (scores[..., None] + top.values).flatten(1)
-        children = top.indices.flatten(1)
+        children, values = (part.flatten(1) for part in propose(output, width))
+        reach = scores.repeat_interleave(width, 1) + values
         created = 1 + width + level * width**2
         found.add(children, reach, nodes.repeat_interleave(width, 1), level + 2)
         if level + 1 == shape.num_steps:

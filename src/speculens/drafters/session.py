@@ -23,6 +23,7 @@ class Head(Protocol):
     """What a session asks of a method: its view of the prompt, and its layer over rows."""
 
     config: DrafterConfig
+    d2t: Tensor | None
 
     def view(self, features: Features, next_embeds: Tensor) -> Rows: ...
 
@@ -36,8 +37,11 @@ class HeadSession:
         config = drafter.config
         self.drafter, self.target, self.shape = drafter, target, shape
         self.nodes = shape.nodes
-        if shape.topk > target.vocab_size:
-            raise UserError(f"topk {shape.topk} is larger than the vocabulary of {target.vocab_size}.")
+        self._ids = _checked(drafter.d2t, target)
+        self._head = None if self._ids is None else target.head_rows(self._ids)
+        vocabulary = target.vocab_size if self._ids is None else len(self._ids)
+        if shape.topk > vocabulary:
+            raise UserError(f"topk {shape.topk} is larger than the draft vocabulary of {vocabulary}.")
         self.cache = SlotCache(
             slots=slots,
             capacity=capacity + shape.levels + 1 + shape.num_steps * shape.topk,
@@ -90,8 +94,9 @@ class HeadSession:
         self._memory[row] = self._memory[last]
         self.cache.free(row)
 
-    def _propose(self, hidden: Tensor) -> Tensor:
-        return self.target.logits(hidden).float().log_softmax(-1)
+    def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        top = self.target.logits(hidden, self._head).float().log_softmax(-1).topk(count)
+        return (top.indices if self._ids is None else self._ids[top.indices]), top.values
 
     def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
         """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
@@ -115,3 +120,12 @@ class HeadSession:
 
     def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return causal_attention(queries, *self.cache.write(0, keys, values))
+
+
+def _checked(ids: Tensor | None, target: Lender) -> Tensor | None:
+    """A draft vocabulary on the target's device. No token stands twice: siblings must differ (`DraftTree`)."""
+    if ids is None:
+        return None
+    if ids.min() < 0 or ids.max() >= target.vocab_size or len(ids.unique()) < len(ids):
+        raise UserError("The drafter's d2t must hold different ids of the target's vocabulary: make it again by trim.")
+    return ids.to(target.device)
