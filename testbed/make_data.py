@@ -1,7 +1,9 @@
 """Writes drawn pictures with questions and answers as a data set: `python -m testbed.make_data --out DIR --count N`.
 
 DIR/data.jsonl has one row per picture (docs: "Data JSONL"), DIR/images/000/000000.png and so on the pictures, 1000 in
-a folder. The same arguments write the same files, whatever the number of workers.
+a folder. DIR/val is another such data set, to measure on: pictures of another seed, and one textbook figure in
+`WITHHELD`.
+The same arguments write the same files, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from testbed import draw, packs
 from testbed.charts import Size
 
 CHUNK = 1000  # pictures per folder and per piece of work
+WITHHELD = 80  # of so many real pictures with a description, one is kept for DIR/val
+VAL_SEED = 1000  # added to the seed of the training pictures
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,10 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="0 is the training set, 1 the held-out set")
     parser.add_argument("--size", type=_size, help="WxH in pixels; by default all sizes in turn")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--val", type=int, default=24, help="drawn pictures of DIR/val")
     parser.add_argument("--packs", type=Path, help="folder of real packs whose training rows are added")
     given = parser.parse_args(arguments)
     write(given.out, given.count, given.seed, given.size, given.workers)
-    _add_real(given.out, packs.rows(given.packs, "train"))
+    write(given.out / "val", given.val, given.seed + VAL_SEED, given.size, 1)
+    real = packs.rows(given.packs, "train")
+    withheld = {row.id for row in [row for row in real if row.task == "describe"][::WITHHELD]}
+    _add_real(given.out, [row for row in real if row.id not in withheld])
+    _add_real(given.out / "val", [row for row in real if row.id in withheld and row.task == "describe"])
 
 
 def _size(text: str) -> Size:

@@ -1,101 +1,176 @@
-"""Train a drafter for each testbed target side by side, one GPU each, inside one deadline.
+"""Train the drafters of recipes/testbed/runs.yaml side by side on one or more GPUs, inside one deadline.
 
-    python -m testbed.train_drafters --weights DIR --data DIR --out DIR --scratch DIR [section.key=value ...]
+    python -m testbed.train_drafters shipped --data DATA --out OUT --scratch SCRATCH --minutes 9
+    python -m testbed.train_drafters ablations --families llava --data DATA --out OUT --scratch SCRATCH
 
---weights holds the targets (llava/, qwen2_5_vl/), --data one data set for each (the same names, made by
-`testbed.make_data`). Each run is `speculens train -c recipes/testbed/METHOD.yaml`; OUT/FAMILY-METHOD gets the drafter
-and OUT/FAMILY-METHOD.log what the run said.
+DATA/FAMILY is a data set of `testbed.make_data`, with the answers of `testbed.own_answers`. Each run is `speculens
+train -c recipes/testbed/RECIPE.yaml`; whatever else stands on the command line goes over every recipe. SCRATCH keeps
+checkpoints, from which a later call goes on. OUT/FAMILY-NAME.log is what a run said, and OUT/drafters.tar holds every
+drafter with the log of its training; it is written anew after each run, because whoever waits for all may be cut off.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from testbed import models
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 45.0  # seconds for loading, the measurement at the end and the last save
+PLAN = ROOT / "recipes/testbed/runs.yaml"
 
 
-def start(family: str, gpu: int, options: argparse.Namespace, overrides: list[str]) -> subprocess.Popen[bytes]:
-    """One run in its own process group."""
-    command = [
-        sys.executable,
-        "-m",
-        "speculens.cli",
-        "train",
-        "-c",
-        str(ROOT / f"recipes/testbed/{options.method}.yaml"),
-    ]
-    command += [
-        f"target={options.weights / family}",
-        f"output={options.scratch / family}",
-        f"data.train=[{options.data / family / 'data.jsonl'}]",
-        f"data.val={ROOT / 'testbed/heldout/charts.jsonl'}",
-        f"minutes={options.minutes}",
-        *overrides,
-    ]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": str(gpu),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT / "src"),
-        "PYTHONUNBUFFERED": "1",
-    }
-    with (options.out / f"{family}-{options.method}.log").open("w") as log:
-        return subprocess.Popen(  # noqa: S603
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+@dataclass(frozen=True)
+class Run:
+    """One drafter to train; the keys of runs.yaml are explained there."""
+
+    family: str
+    name: str
+    recipe: str
+    steps: int
+    unit: int
+    set: Sequence[str] = ()
+    after: str | None = None
+    given: bool = False
+    claim: str = ""
+
+    @property
+    def folder(self) -> str:
+        """What its drafter is called."""
+        return f"{self.family}-{self.name}"
+
+    def command(self, data: Path, scratch: Path, weights: Path, overrides: Sequence[str]) -> list[str]:
+        """`speculens train`, going on where an earlier call was stopped."""
+        folder, output = data / self.family, scratch / self.folder
+        files = [folder / "data.jsonl", *([] if self.given else [folder / "own.jsonl"])]
+        values = {
+            "target": weights / self.family,
+            "output": output,
+            "data.train": f"[{', '.join(map(str, files))}]",
+            "data.val": folder / "val/data.jsonl",
+            "data.cache": folder / "encoded",
+            "steps": self.steps,
+            "eval_every": self.unit,
+            "save_every": self.unit,
+        }
+        if self.after:
+            values["drafter.init_from"] = scratch / f"{self.family}-{self.after}" / "last"
+        command = [
+            sys.executable,
+            "-m",
+            "speculens.cli",
+            "train",
+            "-c",
+            str(ROOT / f"recipes/testbed/{self.recipe}.yaml"),
+        ]
+        command += [*(f"{key}={value}" for key, value in values.items()), *self.set, *overrides]
+        return command + (["--resume-from", "latest"] if any(output.glob("checkpoint-*")) else [])
+
+
+def runs(part: str, families: Iterable[str]) -> list[Run]:
+    """The runs of `shipped` or `ablations` for each family, family by family in turn."""
+    plan = yaml.safe_load(PLAN.read_text())
+    unit = plan["unit"]
+    named = itertools.product(plan[part].items(), families)
+    return [
+        Run(family, name, **{key: value for key, value in said.items() if key != "units"}, steps=said["units"] * unit,
+            unit=unit)
+        for (name, said), family in named
+    ]  # fmt: skip
+
+
+class Launcher:
+    """Starts runs as places on the GPUs come free, delivers what they made, and ends by the deadline."""
+
+    def __init__(self, planned: Sequence[Run], options: argparse.Namespace, overrides: Sequence[str]) -> None:
+        self.options, self.overrides = options, overrides
+        self.waiting = [run for run in planned if not (options.scratch / run.folder / "last").is_dir()]
+        self.running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
+        self.code = 0
+
+    def work(self, deadline: float) -> int:
+        """0 if every run came to its end."""
+        while self.waiting or self.running:
+            for run in [run for run in self.waiting if self._ready(run)]:
+                busy = [gpu for _, gpu in self.running.values()]
+                gpu = min(range(max(self.options.gpus, 1)), key=busy.count)
+                if busy.count(gpu) < self.options.parallel:
+                    self.waiting.remove(run)
+                    self.running[self._start(run, gpu)] = run, gpu
+            time.sleep(0.3)
+            late = time.monotonic() > deadline
+            for process in [process for process in self.running if late or process.poll() is not None]:
+                self._end(process)
+            if late or (self.waiting and not self.running and not any(map(self._ready, self.waiting))):
+                return 1
+        return self.code
+
+    def _ready(self, run: Run) -> bool:
+        return run.after is None or (self.options.scratch / f"{run.family}-{run.after}" / "last").is_dir()
+
+    def _start(self, run: Run, gpu: int) -> subprocess.Popen[bytes]:
+        """One run in its own process group."""
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": str(gpu),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT / "src"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        options = self.options
+        command = run.command(options.data, options.scratch, options.weights, self.overrides)
+        with (options.out / f"{run.folder}.log").open("a") as log:
+            return subprocess.Popen(  # noqa: S603
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        run, _ = self.running.pop(process)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        self.code = max(self.code, abs(process.wait()))
+        said = (self.options.out / f"{run.folder}.log").read_text(errors="replace").splitlines()
+        print(f"{run.folder}: {said[-1][:300] if said else 'said nothing'}", flush=True)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        with tarfile.open(self.options.out / "drafters.tar", "w") as tar:
+            for folder in sorted(self.options.scratch.iterdir()):
+                made = next((folder / part for part in ("last", "best") if (folder / part).is_dir()), None)
+                if made:
+                    tar.add(made, folder.name)
+                    tar.add(folder / "log.jsonl", f"{folder.name}/log.jsonl")
 
 
 def main() -> None:
     """The command line."""
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("part", choices=["shipped", "ablations"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, required=True, help="checkpoints, emptied first")
-    parser.add_argument("--method", default="eaglevlm")
-    parser.add_argument("--minutes", type=float, default=2.2)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, default=ROOT / "testbed/weights")
     parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=4, help="runs on one GPU at a time")
+    parser.add_argument("--minutes", type=float, default=1e6, help="when to stop what still runs")
     options, overrides = parser.parse_known_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(options.scratch, ignore_errors=True)
-    deadline = time.monotonic() + options.minutes * 60 + GRACE
-    running = {
-        family: start(family, number % max(options.gpus, 1), options, overrides)
-        for number, family in enumerate(options.families)
-    }
-    code = 0
-    while running:
-        time.sleep(0.5)
-        for family, process in list(running.items()):
-            if process.poll() is None and time.monotonic() > deadline:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            if process.poll() is not None:
-                running.pop(family)
-                code = max(code, abs(process.returncode))
-                _deliver(family, options)
-    sys.exit(code)
-
-
-def _deliver(family: str, options: argparse.Namespace) -> None:
-    """Copy a finished run's drafter and log at once: whoever waits for the other run may be cut off."""
-    name = f"{family}-{options.method}"
-    print(f"{name}\n" + "\n".join((options.out / f"{name}.log").read_text().splitlines()[-4:]), flush=True)
-    run = options.scratch / family
-    made = next((folder for part in ("best", "last") if (folder := run / part).is_dir()), None)
-    if made:
-        shutil.copytree(made, options.out / name, dirs_exist_ok=True)
-        shutil.copy(run / "log.jsonl", options.out / f"{name}.jsonl")
+    for folder in (options.out, options.scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    planned = [run for run in runs(options.part, options.families) if not options.only or run.name in options.only]
+    sys.exit(Launcher(planned, options, overrides).work(begun + options.minutes * 60))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_a_batch_without_rows_is_still_a_pass(family):
     """The target must take it, whatever it insists on."""
     made = tiny.model(family, torch.float32)
     target = runs.Target(made, tiny.processor(family))
-    batch = Encoder(target, 4096).batch(iter([UserError("broken")]))
+    batch = Encoder(target, 4096).batch([UserError("broken")])
     assert batch.positions == 0
     assert batch.refused == ("broken",)
     assert torch.isfinite(target.teach(batch.inputs, batch.image).hidden).all()

@@ -58,6 +58,8 @@ def test_steps_add_up_to_the_generation(family, name):
     assert "".join(step.text for step in parts) == whole.text
     assert (parts[0].tree, parts[0].accepted, len(parts[0].tokens)) == (None, 0, 1)
     stats = whole.stats
+    assert stats.num_visual_tokens == prompt(family, ask).image.sum() > 0
+    assert stats.drafter_prefill_ratio == (name == "eagle")  # the others keep no row of the prompt
     assert stats.num_drafts == len(parts) - 1
     assert stats.num_tokens == len(whole.tokens) - 1
     assert stats.num_accepted_tokens == sum(step.accepted for step in parts)

@@ -14,6 +14,7 @@ import tiny
 from oracle import Ask, assert_exact, prompt, target
 from speculens.checkpoints import load_drafter, save_drafter
 from speculens.drafters import DrafterConfig, HivisDrafter
+from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.sampling import Sampling
@@ -278,6 +279,15 @@ def test_its_prefill_is_the_text():
     rows = hivis("llava").view(features, features.embeds)
     text = (~features.image & (features.positions < features.lengths[:, None])).sum(1)
     assert torch.equal((rows.source >= 0).sum(1), text)
+
+
+def test_its_prefill_is_told_with_the_statistics():
+    asked = prompt("llava", Ask(images=2))
+    engine = Engine(target("llava"), hivis("llava"), capacity=300)
+    stats = engine.generate(asked, Sampling(max_new_tokens=2)).stats
+    visual = int(asked.image.sum())
+    assert (stats.num_prompt_tokens, stats.num_visual_tokens) == (len(asked), visual)
+    assert stats.drafter_prefill_ratio == (len(asked) - visual) / len(asked)
 
 
 # --- options

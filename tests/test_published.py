@@ -341,6 +341,7 @@ def test_a_vector_that_is_added_is_written_as_one_that_is_concatenated(tmp_path)
         (lambda: random_eagle("llava"), "vispec", "use eagle"),
         (lambda: random_eagle("llava"), "eagle", "input norm"),
         (lambda: changed(random_vispec("llava"), {"options": {"adaptor_heads": 2}}), "vispec", "other heads"),
+        (lambda: changed(random_vispec("llava"), {"options": {"fusion": "none"}}), "vispec", "without a global vector"),
         (lambda: changed(random_vispec("llava"), {"head_dim": 32}), "vispec", "32 wide"),
     ],
 )

@@ -71,6 +71,19 @@ def test_draft_time_is_a_share_of_decoding_without_prefill():
     assert stats.draft_time_fraction == 2 / 8
 
 
+def test_prefill_ratio_is_of_rows_pooled():
+    one, other = Stats(), Stats()
+    one.add_prompt(300, 256)
+    one.add_view(44, {"operator": ["none"]})
+    other.add_prompt(100, 0)
+    other.add_view(100, {})
+    pooled = Stats.total([one, other])
+    assert (pooled.num_prompt_tokens, pooled.num_visual_tokens) == (400, 256)
+    assert pooled.drafter_prefill_ratio == 144 / 400
+    assert pooled.drafter_notes == {"operator": ["none"]}
+    assert (one.drafter_prefill_ratio, Stats().drafter_prefill_ratio) == (44 / 300, 0)
+
+
 def test_json_has_the_names_of_the_measures():
     written = json.loads(json.dumps(counted(PASSES).to_dict()))
     assert set(written) == {
@@ -78,6 +91,10 @@ def test_json_has_the_names_of_the_measures():
         "mean_accepted_tokens",
         "acceptance_rate_per_position",
         "acceptance_histogram",
+        "num_prompt_tokens",
+        "num_visual_tokens",
+        "num_drafter_rows",
+        "drafter_prefill_ratio",
         "num_drafts",
         "num_tokens",
         "num_draft_tokens",

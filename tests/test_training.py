@@ -6,6 +6,7 @@ import copy
 import errno
 import functools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from testbed import train_drafters
 
 import tiny
-from speculens.checkpoints import load_drafter
+from speculens.checkpoints import load_drafter, save_drafter
 from speculens.conversation import Conversation, Message
 from speculens.data.sources import JsonLines, Listed
 from speculens.engine import Engine
@@ -23,8 +25,10 @@ from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets import Target
 from speculens.training import Recipe, checkpoint, load_recipe, train
-from speculens.training.batches import Encoder, Order, collate, stream, trains
+from speculens.training.batches import Encoder, Order, attempt, collate, stream, trains
 from speculens.training.config import Optimiser, read_recipe
+from speculens.training.encoded import encoded
+from speculens.training.student import make_drafter
 from speculens.training.trainer import factor
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +90,23 @@ def events_of(output: Path, kind: str) -> list[dict]:
 def test_the_shipped_recipes_are_complete():
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert read_recipe(yaml.safe_load(load_recipe(path).to_yaml())) == load_recipe(path)
+
+
+RUNS = {run.folder: run for part in ("shipped", "ablations") for run in train_drafters.runs(part, ["llava"])}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_planned_run_is_a_recipe_that_makes_a_drafter(name, tmp_path):
+    """Its change is of something that the recipe says or that has a default, and the saved drafter knows it."""
+    run = RUNS[name]
+    assert run.after is None or f"llava-{run.after}" in RUNS
+    path = ROOT / f"recipes/testbed/{run.recipe}.yaml"
+    usual, made = (load_recipe(path, ["drafter.init_from=null", *more]) for more in ([], run.set))
+    assert (made == usual) == (not run.set)
+    drafter = make_drafter(made.drafter, speaker("llava"))
+    saved = load_drafter(save_drafter(drafter, tmp_path))
+    assert saved.config == drafter.config
+    assert all(saved.config.options[key] == value for key, value in made.drafter.options.items() if value != "auto")
 
 
 def test_overrides_reach_every_section():
@@ -302,7 +323,8 @@ def test_rows_without_pictures_share_a_batch_with_others():
 
 def test_refused_rows_are_counted_not_hidden():
     encoder = Encoder(target("llava"), 4096)
-    batch = encoder.batch(iter([talk("What?"), talk("What?", "Bars."), UserError("broken")]))
+    read = encoder.fresh(Listed([talk("What?"), talk("What?", "Bars.")]))
+    batch = encoder.batch([attempt(partial(read, 0)), attempt(partial(read, 1)), UserError("broken")])
     assert len(batch) == 1
     assert batch.refused == ("it has no answer to learn from.", "broken")
 
@@ -335,10 +357,68 @@ def test_workers_prepare_the_same_batches_and_end():
     encoder, order = Encoder(made, 4096), Order([1, 2, 3], 2, 0)
     taken = []
     for workers in (0, 2):
-        with stream(source, encoder, order, workers, pin=False) as batches:
+        with stream(encoder.fresh(source), encoder, order, workers, pin=False) as batches:
             taken.append([next(batches).inputs["input_ids"] for _ in range(5)])
     assert all(torch.equal(one, other) for one, other in zip(*taken, strict=True))
     assert not torch.multiprocessing.active_children()
+
+
+# --- rows that are kept encoded
+
+
+def kept(folder, family="llava", workers=0, max_length=4096):
+    file = folder / "rows.jsonl"
+    if not file.exists():
+        tiny.picture().save(folder / "a.png")
+        asked = {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What?"}]}
+        rows = [[asked, {"role": "assistant", "content": text}] for text in ("Bars.", "Two circles.")]
+        file.write_text("".join(f"{json.dumps({'messages': row})}\n" for row in (*rows, [asked])))
+    encoder, source = Encoder(speaker(family), max_length), JsonLines([file])
+    return encoder, source, encoded(folder / "cache", source, encoder, workers)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("family", "workers"), [("llava", 0), ("qwen2_5_vl", 2)])
+def test_kept_rows_make_the_batches_of_fresh_ones(tmp_path, family, workers):
+    encoder, source, rows = kept(tmp_path, family, workers)
+    batches = [
+        encoder.batch(attempt(partial(read, index)) for index in range(len(source)))
+        for read in (encoder.fresh(source), rows)
+    ]
+    for name, tensor in batches[0].inputs.items():
+        assert tensor.dtype == batches[1].inputs[name].dtype
+        assert torch.equal(tensor, batches[1].inputs[name])
+    assert torch.equal(batches[0].slots, batches[1].slots)
+    assert batches[0].refused == batches[1].refused == ("it has no answer to learn from.",)
+
+
+def test_kept_rows_are_made_once(tmp_path, monkeypatch):
+    encoder, source, _ = kept(tmp_path)
+    monkeypatch.setattr(Encoder, "row", lambda *_: pytest.fail("encoded again"))
+    assert len(encoded(tmp_path / "cache", source, encoder, 0)) == len(source)
+
+
+@pytest.mark.parametrize("change", ["data", "length", "dtype"])
+def test_what_rows_depend_on_makes_other_rows(tmp_path, change):
+    kept(tmp_path)
+    if change == "data":
+        with (tmp_path / "rows.jsonl").open("a") as file:
+            file.write('{"messages": []}\n')
+    encoder, source, rows = kept(tmp_path, max_length=300 if change == "length" else 4096)
+    if change == "dtype":
+        encoder.about["dtype"] = "torch.bfloat16"
+        encoded(tmp_path / "cache", source, encoder, 0)
+    assert len(rows) == len(source)
+    assert len(list((tmp_path / "cache").glob("*"))) == 3  # and the lock
+
+
+def test_kept_rows_of_several_files_follow_each_other(tmp_path):
+    encoder, _, rows = kept(tmp_path)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text().splitlines()[1] + "\n")
+    both = encoded(tmp_path / "cache", JsonLines([tmp_path / "rows.jsonl", tmp_path / "more.jsonl"]), encoder, 0)
+    assert len(both) == 4
+    assert torch.equal(both(3).inputs["input_ids"], rows(1).inputs["input_ids"])
+    assert torch.equal(both(0).inputs["input_ids"], rows(0).inputs["input_ids"])
 
 
 # --- sources

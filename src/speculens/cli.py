@@ -519,6 +519,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole recipe as it would run, and leave.")
     ] = False,
+    encode_only: Annotated[
+        bool, typer.Option("--encode-only", help="Make the encoded rows of data.cache, for runs to share, and leave.")
+    ] = False,
     resume_from: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Go on from a checkpoint.")] = None,
     json: Json = False,
 ) -> None:
@@ -535,6 +538,12 @@ def train(
             typer.echo(plan.to_yaml(), nl=False)
         return
     screen = Screen(quiet=json)
+    if encode_only:
+        rows = training.encode(plan)
+        screen.say(f"{rows} encoded rows are in {plan.data.cache}.")
+        if json:
+            _print_json({"event": "encoded", "path": plan.data.cache, "rows": rows})
+        return
     made = training.train(plan, resume_from=resume_from, on_event=_print_json if json else screen.event)
     training.disband()
     if os.environ.get("RANK", "0") != "0":  # of the processes of one run, the first speaks

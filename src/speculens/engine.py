@@ -175,7 +175,9 @@ class Engine:
                 tree = DraftTree.root(features.tokens[:, -1])
                 past = prompt.ids[:-1].tolist() if sampling.needs_history else []
                 first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
-                slot.stats.drafter_notes.update(self._drafter.begin(features, first) or {})
+                slot.stats.add_prompt(len(prompt), int(prompt.image.sum()))
+                if begun := self._drafter.begin(features, first):
+                    slot.stats.add_view(begun.rows, begun.notes)
             except BaseException:
                 self._target.free(len(self._running))
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 class Stats:
     """What decoding one or more sequences came to.
 
+    num_prompt_tokens    rows of the target's prefill, pictures included
+    num_visual_tokens    rows of pictures among them
+    num_drafter_rows     rows of the drafter's prefill
     num_drafts           target passes that scored a tree (the prefill is not one)
     num_tokens           tokens emitted by those passes; the prefill's token is not counted
     num_draft_tokens     drafted nodes that were scored
@@ -21,6 +24,9 @@ class Stats:
     drafter_notes        what the drafter decided about each picture, lists by name; most drafters decide nothing
     """
 
+    num_prompt_tokens: int = 0
+    num_visual_tokens: int = 0
+    num_drafter_rows: int = 0
     num_drafts: int = 0
     num_tokens: int = 0
     num_draft_tokens: int = 0
@@ -28,6 +34,17 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     drafter_notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def add_prompt(self, tokens: int, visual: int) -> None:
+        """Count the target's prefill: its rows, and those of pictures among them."""
+        self.num_prompt_tokens += tokens
+        self.num_visual_tokens += visual
+
+    def add_view(self, rows: int, notes: Mapping[str, Sequence[str]]) -> None:
+        """Count the drafter's prefill: its rows, and what it decided."""
+        self.num_drafter_rows += rows
+        for name, values in notes.items():
+            self.drafter_notes.setdefault(name, []).extend(values)
 
     def add_pass(self, emitted: int, accepted: int, drafted: int) -> None:
         """Count one target pass of one slot: tokens emitted after cutting, drafted tokens kept, drafted nodes."""
@@ -48,6 +65,8 @@ class Stats:
         """Pool the passes of several runs."""
         pooled = Stats()
         for part in parts:
+            pooled.add_prompt(part.num_prompt_tokens, part.num_visual_tokens)
+            pooled.add_view(part.num_drafter_rows, part.drafter_notes)
             pooled.num_drafts += part.num_drafts
             pooled.num_tokens += part.num_tokens
             pooled.num_draft_tokens += part.num_draft_tokens
@@ -57,8 +76,6 @@ class Stats:
                 pooled.accepted_at[level] += count
             for name, seconds in part.seconds.items():
                 pooled.add_seconds(name, seconds)
-            for name, notes in part.drafter_notes.items():
-                pooled.drafter_notes.setdefault(name, []).extend(notes)
         return pooled
 
     @property
@@ -83,6 +100,11 @@ class Stats:
         return [more - less for more, less in pairwise(at_least)]
 
     @property
+    def drafter_prefill_ratio(self) -> float:
+        """Rows of the drafter's prefill over rows of the target's."""
+        return self.num_drafter_rows / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+    @property
     def draft_time_fraction(self) -> float:
         """Share of decoding time that the drafter takes (prefill apart)."""
         decode = sum(seconds for part, seconds in self.seconds.items() if part != "prefill")
@@ -95,6 +117,10 @@ class Stats:
             "mean_accepted_tokens": self.mean_accepted_tokens,
             "acceptance_rate_per_position": self.acceptance_rate_per_position,
             "acceptance_histogram": self.acceptance_histogram,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_visual_tokens": self.num_visual_tokens,
+            "num_drafter_rows": self.num_drafter_rows,
+            "drafter_prefill_ratio": self.drafter_prefill_ratio,
             "num_drafts": self.num_drafts,
             "num_tokens": self.num_tokens,
             "num_draft_tokens": self.num_draft_tokens,

@@ -53,6 +53,8 @@ def _vispec_options(state: Mapping[str, Tensor], _target: Target) -> dict[str, A
 
 
 def _vispec_misfit(drafter: Any, target: Target) -> str | None:
+    if drafter.options.fusion == "none":
+        return "it was made without a global vector"
     heads = drafter.config.num_attention_heads
     usual = (heads, target.hidden_size // heads)
     return None if drafter.imadpt.q.shape[1:] == usual else "its adaptor has other heads than its layer"

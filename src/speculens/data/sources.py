@@ -52,6 +52,7 @@ class JsonLines:
     """
 
     def __init__(self, paths: Sequence[str | Path], image_root: str | Path | None = None) -> None:
+        self._paths, self._image_root = paths, image_root
         self._files = [_File(Path(path), image_root) for path in paths]
         self._ends = [0]
         for file in self._files:
@@ -77,6 +78,16 @@ class JsonLines:
         file, line = self._place(index)
         return file.size(line)
 
+    @property
+    def parts(self) -> list[JsonLines]:
+        """A source for each file alone."""
+        return [JsonLines([path], self._image_root) for path in self._paths]
+
+    @property
+    def fingerprint(self) -> list[list[str | int]]:
+        """Of each file, what tells that it is still the same: its place, where its pictures are, size and time."""
+        return [[str(file.path.resolve()), str(file.image_root.resolve()), *file.state] for file in self._files]
+
     def _place(self, index: int) -> tuple[_File, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -101,6 +112,12 @@ class _File:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Bytes of the file, and when it was last written, in nanoseconds."""
+        stat = os.fstat(self._descriptor)
+        return stat.st_size, stat.st_mtime_ns
 
     def size(self, line: int) -> int:
         return self._lengths[line]

@@ -7,6 +7,7 @@ choose. It must be deterministic given what it has been shown, and nothing else 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,18 @@ class Lender(Protocol):
     def head_rows(self, tokens: Tensor) -> nn.Linear: ...
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """What a drafter made of a prompt.
+
+    rows   how many it keeps of the prompt
+    notes  what is worth noting of this prompt, lists by name
+    """
+
+    rows: int
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 class DraftSession(Protocol):
     """A drafter's state for a set of slots. Rows are numbered as in the target's cache: free moves the last one in.
 
@@ -43,10 +56,10 @@ class DraftSession(Protocol):
     @property
     def nodes(self) -> int: ...
 
-    def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
+    def begin(self, features: Features, first: Tensor) -> Prefilled | None:
         """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,).
 
-        Returns what is worth noting of this prompt, lists by name, for the slot's statistics; or nothing.
+        Returns what it made of the prompt, for the slot's statistics; None if it keeps no row.
         """
 
     def draft(self, roots: Tensor) -> DraftTree:

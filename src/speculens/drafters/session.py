@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from speculens.cache import SlotCache
-from speculens.drafters.base import Lender
+from speculens.drafters.base import Lender, Prefilled
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.grow import grow
 from speculens.drafters.layer import Attend, causal_attention, masked_attention
@@ -55,8 +55,8 @@ class HeadSession:
         self._memory = torch.zeros_like(self._hidden)
 
     @torch.no_grad()
-    def begin(self, features: Features, first: Tensor) -> Mapping[str, Any] | None:
-        """Prefill the drafter on its view of the prompt; returns what the view noted."""
+    def begin(self, features: Features, first: Tensor) -> Prefilled:
+        """Prefill the drafter on its view of the prompt."""
         next_embeds = torch.cat([features.embeds[:, 1:], self.target.embed(first)[:, None]], dim=1)
         rows = self.drafter.view(features, next_embeds)
         count = rows.positions.shape[1]
@@ -68,7 +68,7 @@ class HeadSession:
         self._position[row] = rows.positions[0, -1] + 1
         if rows.memory is not None:
             self._memory[row] = rows.memory[0, -1]
-        return rows.notes[0] if rows.notes else None
+        return Prefilled(count, rows.notes[0] if rows.notes else {})
 
     @torch.no_grad()
     def draft(self, roots: Tensor) -> DraftTree:

@@ -23,7 +23,7 @@ from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
 
-FUSIONS = ("concat", "add")
+FUSIONS = ("concat", "add", "none")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Options:
     num_q              learned queries: num_q - 1 rows of each picture and one global vector (paper: 2)
     adaptor_heads      heads of the adaptor; None: those of the layer, as published
     adaptor_head_dim   width of each; None: H / heads, as published
-    fusion             concat: img_fc([f ; g]), as published | add: f + img_fc(g), the paper's formula, half the size
+    fusion             concat: img_fc([f ; g]), as published | add: f + img_fc(g), the paper's formula, half the size |
+                       none: f alone, without a global vector (the paper's ablation)
     """
 
     num_q: int = 2
@@ -54,7 +55,7 @@ class Options:
                 "The options num_q, adaptor_heads and adaptor_head_dim of a vispec drafter must be above 0."
             )
         if options.fusion not in FUSIONS:
-            raise UserError(f"The option fusion of a vispec drafter is {' or '.join(FUSIONS)}, not {options.fusion!r}.")
+            raise UserError(f"A vispec drafter's option fusion is one of {', '.join(FUSIONS)}, not {options.fusion!r}.")
         return options
 
 
@@ -89,6 +90,8 @@ class ViSpecDrafter(EagleDrafter):
         size, heads = config.target_hidden_size, self.options.adaptor_heads or config.num_attention_heads
         head_dim = self.options.adaptor_head_dim or size // heads
         self.imadpt = Adaptor(size, self.options.num_q, heads, head_dim, bias=config.qkv_bias)
+        if self.options.fusion == "none":
+            return
         self.img_fc = nn.Linear((2 if self.options.fusion == "concat" else 1) * size, size)
         nn.init.zeros_(self.img_fc.bias)  # both fusions begin as f alone
         nn.init.zeros_(self.img_fc.weight)
@@ -115,17 +118,21 @@ class ViSpecDrafter(EagleDrafter):
             positions=take(features.positions),
             source=torch.where(take(kept) & ~direct, order, -1),
             direct=direct,
-            memory=pictures[run, -1],
+            memory=None if self.options.fusion == "none" else pictures[run, -1],
         )
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
-        memory = torch.zeros_like(rows.hidden) if rows.memory is None else rows.memory
-        if self.options.fusion == "concat":
-            hidden = self.img_fc(torch.cat([rows.hidden, memory], dim=-1))
-        else:
-            hidden = rows.hidden + self.img_fc(memory)
-        entered = self.fc(torch.cat([rows.embeds, hidden], dim=-1))
+        entered = self.fc(torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
         return entered if rows.direct is None else torch.where(rows.direct[..., None], rows.embeds, entered)
+
+    def _fuse(self, rows: Rows) -> Tensor:
+        """Feature and global vector -> (B, m, H)."""
+        if self.options.fusion == "none":
+            return rows.hidden
+        memory = torch.zeros_like(rows.hidden) if rows.memory is None else rows.memory
+        if self.options.fusion == "add":
+            return rows.hidden + self.img_fc(memory)
+        return self.img_fc(torch.cat([rows.hidden, memory], dim=-1))
 
     def _compress(self, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adaptor over every picture of a batch.

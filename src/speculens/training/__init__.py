@@ -2,6 +2,6 @@
 
 from speculens.training.config import Recipe, load_recipe
 from speculens.training.parallel import disband
-from speculens.training.trainer import train
+from speculens.training.trainer import encode, train
 
-__all__ = ["Recipe", "disband", "load_recipe", "train"]
+__all__ = ["Recipe", "disband", "encode", "load_recipe", "train"]

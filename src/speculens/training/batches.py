@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -46,6 +46,10 @@ class Row:
     inputs: Mapping[str, Tensor]
     image: Tensor
     answer: Tensor
+
+
+# The row of a number. Raises UserError for a row that cannot train.
+Reader = Callable[[int], Row]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Encoder:
         self._processor, self._config = target.processor, target.model.config
         self._ends = torch.tensor(sorted(target.eos_token_ids), dtype=torch.long)
         self._dialogue = target.processor.chat_template is not None
-        self._dtype, self._max_length = target.dtype, max_length
+        self.dtype, self._max_length = target.dtype, max_length
+        self.about = {"target": target.model.name_or_path, "dtype": str(self.dtype), "max_length": max_length}
         self._pad = getattr(target.tokenizer, "pad_token_id", None) or 0
 
     def row(self, conversation: Conversation) -> Row:
@@ -103,21 +108,20 @@ class Encoder:
             raise UserError("no answer is left to learn from within max_length.")
         return row
 
-    def batch(self, conversations: Iterator[Conversation | UserError]) -> Batch:
-        """Encode and collate; rows that cannot be used are left out and named in `refused`.
+    def fresh(self, source: Source) -> Reader:
+        """Rows encoded each time they are asked for."""
+        return lambda index: self.row(source[index])
+
+    def batch(self, rows: Iterable[Row | UserError]) -> Batch:
+        """Collate; rows that cannot be used are left out and named in `refused`.
 
         If none can be used, the batch is one row that nobody learns from: it is still a pass, and processes that share
         a run must all make equally many.
         """
-        rows, refused = [], []
-        for conversation in conversations:
-            try:
-                if isinstance(conversation, UserError):
-                    raise conversation
-                rows.append(self.row(conversation))
-            except UserError as error:
-                refused.append(str(error))
-        return replace(collate(rows or [self._blank()], self._pad, self._dtype), refused=tuple(refused))
+        rows = list(rows)
+        usable = [row for row in rows if isinstance(row, Row)]
+        refused = tuple(str(row) for row in rows if isinstance(row, UserError))
+        return replace(collate(usable or [self._blank()], self._pad, self.dtype), refused=refused)
 
     def _blank(self) -> Row:
         inputs, image = self.encode(Conversation.user("?", [Image.new("RGB", (64, 64))]))
@@ -299,26 +303,28 @@ class Order(Sampler[list[int]]):
 class _Batches(Dataset[Batch]):
     """Batch by the numbers of its rows: reading, decoding and processing happen in whoever calls."""
 
-    def __init__(self, source: Source, encoder: Encoder) -> None:
-        self._source, self._encoder = source, encoder
+    def __init__(self, read: Reader, encoder: Encoder) -> None:
+        self._read, self._encoder = read, encoder
 
     def __getitem__(self, indices: Any) -> Batch:
-        return self._encoder.batch(self._read(index) for index in indices)
+        return self._encoder.batch(attempt(partial(self._read, index)) for index in indices)
 
-    def _read(self, index: int) -> Conversation | UserError:
-        try:
-            return self._source[index]
-        except UserError as error:
-            return error
+
+def attempt(read: Callable[[], Row]) -> Row | UserError:
+    """A row, or why there is none."""
+    try:
+        return read()
+    except UserError as error:
+        return error
 
 
 @contextmanager
-def stream(source: Source, encoder: Encoder, order: Order, workers: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
+def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
     """Batches in order, without end, prepared ahead by `workers` processes, which end with the context."""
     # Forked, not spawned: processors with a class made at run time cannot be pickled. Workers never touch the GPU.
     forked = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
-        _Batches(source, encoder),
+        _Batches(read, encoder),
         sampler=order,
         batch_size=None,
         collate_fn=_same,

@@ -60,12 +60,15 @@ class DataRecipe:
     val         a file of conversations whose answers are decoded to measure acceptance; None measures nothing
     image_root  where relative picture paths start; None is the folder of the file that names them
     max_length  rows (text and picture) of one conversation; a longer one is cut, or refused if a picture would be cut
+    cache       folder where all rows are kept encoded, for this run and later ones on the same data; large (pixels
+                included), and made by `workers` processes if it is not there. None encodes a row each time it is met
     """
 
     train: tuple[str, ...] = ()
     val: str | None = None
     image_root: str | None = None
     max_length: int = 2048
+    cache: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ about the run goes over the hosts, so that no device is waited for, and with pat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -63,6 +65,15 @@ class Crew:
         if self._group is not None:
             distributed.all_gather_object(words, word, group=self._group)
         return next((word for word in words if word is not None), None)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through the block before all others do."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
 
     def wait(self) -> None:
         """For all to come here."""

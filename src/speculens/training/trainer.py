@@ -35,9 +35,10 @@ from speculens.errors import UserError
 from speculens.targets import Target, load_target
 from speculens.training import checkpoint
 from speculens.training.average import Average
-from speculens.training.batches import Batch, Encoder, Order, stream
+from speculens.training.batches import Batch, Encoder, Order, Reader, stream
 from speculens.training.checkpoint import Progress
 from speculens.training.config import Optimiser, Recipe, read_recipe
+from speculens.training.encoded import Encoded, encoded
 from speculens.training.events import Bar, Event, Listener, Log
 from speculens.training.losses import Losses
 from speculens.training.measure import Exam, exam
@@ -93,6 +94,24 @@ def _source(given: Source | Sequence[Conversation] | None, paths: Sequence[str],
     return given if hasattr(given, "size") else Listed(given)
 
 
+def encode(recipe: Recipe) -> int:
+    """Make the rows of `data.cache` without training, for runs that will share them; returns their number."""
+    target = _load_target(recipe, make_accelerator(on_cpu=not torch.cuda.is_available()))
+    source = JsonLines(recipe.data.train, recipe.data.image_root)
+    rows = _kept(recipe, source, Encoder(target, recipe.data.max_length))
+    if rows is None:
+        raise UserError("The recipe keeps no encoded rows: say data.cache=FOLDER.")
+    return len(rows)
+
+
+def _kept(recipe: Recipe, source: Source, encoder: Encoder) -> Encoded | None:
+    if not recipe.data.cache:
+        return None
+    if not isinstance(source, JsonLines):
+        raise UserError("data.cache keeps the rows of files; these conversations are in memory: leave it out.")
+    return encoded(Path(recipe.data.cache), source, encoder, recipe.workers)
+
+
 class Trainer:
     """One run: student, optimiser, order of the data and progress."""
 
@@ -137,6 +156,7 @@ class Trainer:
             self._resume(start)
         self.order.start = self.progress.position // self.crew.size
         encoder = Encoder(self.target, recipe.data.max_length)
+        read = self._reader(encoder)
         pin = self.target.device.type == "cuda"
         with ExitStack() as stack:
             if main:
@@ -144,7 +164,7 @@ class Trainer:
                 checkpoint.tidy(self.output)
                 (self.output / "recipe.yaml").write_text(recipe.to_yaml())
                 self.listeners += [Log(self.output / "log.jsonl", self.progress.step), stack.enter_context(Bar())]
-            batches = stack.enter_context(stream(self.source, encoder, self.order, recipe.workers, pin=pin))
+            batches = stack.enter_context(stream(read, encoder, self.order, recipe.workers, pin=pin))
             self._tell("start", conversations=len(self.source), batches_per_epoch=self.order.batches, **_versions())
             self._since = time.monotonic()
             while self._done() < 1:
@@ -156,6 +176,11 @@ class Trainer:
             self._tell("end", seconds=round(self.progress.seconds, 3))
         self.crew.wait()
         return self.output / "best" if self.exam and (self.output / "best").exists() else folder
+
+    def _reader(self, encoder: Encoder) -> Reader:
+        """Where encoded rows come from; if they are to be kept, the main process makes what is not there."""
+        with self.crew.first_alone():
+            return _kept(self.recipe, self.source, encoder) or encoder.fresh(self.source)
 
     # One update
 
