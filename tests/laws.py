@@ -1,5 +1,6 @@
 """Hugging Face's own distribution of a sampled token, and whether draws follow it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,12 +9,19 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 import tiny
-from speculens import sampling
-from speculens.sampling import Sampling
+from speculens.sampling import Laws, Needs, Sampling, choose, correct
 from speculens.tree import DraftTree
 
 VOCAB = 24
 DRAWS = 4000
+
+
+def chosen(
+    logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], position: Tensor, history: Sequence[Sequence[int]]
+) -> Tensor:
+    """What the engine does with logits: correct by the past, then choose."""
+    laws = Laws.of(samplings, logits.device)
+    return choose(correct(logits, tree, samplings, history), tree, laws, Needs.of(samplings), position)
 
 
 class LawError(AssertionError):
@@ -52,7 +60,7 @@ def assert_pair_law(settings: Sampling) -> None:
     tokens = torch.tensor([root, *range(VOCAB)]).expand(DRAWS, -1)  # every token is a child of the root
     depth = torch.tensor([0] + [1] * VOCAB).expand(DRAWS, -1)
     tree = DraftTree.build(tokens, torch.zeros_like(tokens), depth, torch.ones_like(tokens, dtype=torch.bool), 1)
-    drawn = sampling.choose(
+    drawn = chosen(
         logits[tokens],
         tree,
         [replace(settings, seed=seed) for seed in range(DRAWS)],

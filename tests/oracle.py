@@ -233,13 +233,14 @@ class _Trie:
 class _OracleSession:
     def __init__(self, habits: OracleDrafter, vocab: int) -> None:
         self.habits, self.vocab, self.nodes = habits, vocab, habits.size + 4
+        self.state, self.nbytes = None, 0
         self._slots: list[_Known] = []
 
     def begin(self, features: Features, first: Tensor) -> None:
         ids = features.tokens[0].tolist()
         self._slots.append(_Known([text for known, text in self.habits.script if known == ids], [int(first)]))
 
-    def draft(self, roots: Tensor) -> DraftTree:
+    def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
         rng = random.Random(f"{self.habits.seed} {[slot.tokens for slot in self._slots]}")
         tries = [self._grow(slot, rng) for slot in self._slots]
         size = max(len(trie.tokens) for trie in tries) + rng.randrange(3)
@@ -258,9 +259,11 @@ class _OracleSession:
         deepest = int(depth.max()) + rng.randrange(2)  # `levels` is a bound
         return DraftTree.build(tokens, parents, depth, live.bool(), deepest)
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
-        for slot, row, count in zip(self._slots, tokens.tolist(), counts, strict=True):
-            slot.tokens += row[:count]
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+
+    def settle(self, accepted: Sequence[Sequence[int]]) -> None:
+        for slot, tokens in zip(self._slots, accepted, strict=True):
+            slot.tokens += tokens
 
     def free(self, row: int) -> None:
         last = self._slots.pop()

@@ -51,7 +51,8 @@ class CacheModel(RuleBasedStateMachine):
         assert row == len(self.rows)
         marks, reads = self._write(range(row, row + 1), length)
         assert torch.equal(reads[0][0], states(marks, 0, 0))  # a prefill reads itself and no neighbour
-        self.cache.commit(range(row, row + 1), [length])
+        self.cache.commit(length)
+        self.cache.settle([length], row)
         self.rows.append(marks[0])
 
     @precondition(lambda self: len(self.rows) < SLOTS)
@@ -62,8 +63,8 @@ class CacheModel(RuleBasedStateMachine):
         self.cache.free(row)
 
     @precondition(lambda self: self._room(5))
-    @rule(data=st.data(), nodes=st.integers(1, 5), lag=st.booleans())
-    def score_and_keep(self, data, nodes, lag):
+    @rule(data=st.data(), nodes=st.integers(1, 5))
+    def score_and_keep(self, data, nodes):
         marks, reads = self._write(range(len(self.rows)), nodes)
         for layer, read in enumerate(reads):
             for which, values in enumerate(read):
@@ -82,8 +83,7 @@ class CacheModel(RuleBasedStateMachine):
         self.cache.keep(torch.tensor(paths), torch.tensor(counts))
         for row, (path, count) in enumerate(zip(paths, counts, strict=True)):
             self.rows[row] += [marks[row][node] for node in path[:count]]
-        if not lag:  # the host may learn the exact lengths later
-            self.cache.settle([len(row) for row in self.rows])
+        self.cache.settle(counts)
 
     @precondition(lambda self: self._room(8))
     @rule(start=st.integers(0, 4), width=st.integers(1, 4))
@@ -96,7 +96,8 @@ class CacheModel(RuleBasedStateMachine):
     def commit_beginnings(self, data, width):
         marks, _ = self._write(range(len(self.rows)), width)
         counts = [data.draw(st.integers(1, width)) for _ in self.rows]
-        self.cache.commit(range(len(self.rows)), counts)
+        self.cache.commit(torch.tensor(counts))
+        self.cache.settle(counts)
         for row, count in enumerate(counts):
             self.rows[row] += marks[row][:count]
 
@@ -113,7 +114,7 @@ class CacheModel(RuleBasedStateMachine):
     def rows_hold_what_was_committed(self):
         assert self.cache.running == len(self.rows)
         assert self.cache.lengths[: len(self.rows)].tolist() == [len(row) for row in self.rows]
-        assert all(extent >= len(row) for extent, row in zip(self.cache.extents, self.rows, strict=False))
+        assert self.cache.extents == [*map(len, self.rows), *[0] * (SLOTS - len(self.rows))]
         for row, kept in enumerate(self.rows):
             self.cache.aim(range(row, row + 1), 0)
             for layer in range(LAYERS):
@@ -165,8 +166,10 @@ def test_transformers_sees_one_layer_for_each_of_ours():
     keys, values = theirs.update(states([[1, 2, 3, 4]], 1, 0), states([[1, 2, 3, 4]], 1, 1), 1)
     assert torch.equal(keys, states([[1, 2, 3, 4]], 1, 0))
     assert torch.equal(values, states([[1, 2, 3, 4]], 1, 1))
-    cache.commit(range(1), [4])
+    assert (theirs.get_seq_length(), theirs.get_mask_sizes(4, 0)) == (0, (4, 0))
+    cache.commit(4)
+    cache.settle([4])
+    cache.aim(range(1), 2)
     assert len(theirs.layers) == LAYERS
-    assert theirs.get_seq_length() == 4
-    assert theirs.get_mask_sizes(2, 0) == (4, 0)
+    assert (theirs.get_seq_length(), theirs.get_mask_sizes(2, 0)) == (4, (6, 0))
     assert theirs.get_max_length() == CAPACITY

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle import CAPACITY, Ask, assert_exact, oracle, prompt, random_eagle, target
-from speculens.drafters.grow import grow
+from speculens.drafters.grow import grow, likeliest
 from speculens.drafters.layer import causal_attention, masked_attention
 from speculens.engine import Engine
 from speculens.sampling import Sampling
@@ -37,8 +37,7 @@ class ToyDrafter:
 
     def propose(self, hidden, count):
         rows = [self.law(self.lines[int(number)]) for number in hidden.flatten()]
-        top = torch.stack(rows).view(*hidden.shape[:2], VOCAB).topk(count)
-        return top.indices, top.values
+        return torch.stack(rows).view(*hidden.shape[:2], VOCAB).topk(count)
 
     def expand(self, tokens, parents, level, lineage):
         hidden = torch.empty(*tokens.shape, 1, dtype=torch.float64)
@@ -108,8 +107,7 @@ def test_numbers_that_are_not_finite_cannot_push_the_root_out():
     shape = TreeShape(num_steps=2, topk=3, num_draft_tokens=6)
 
     def nan_law(hidden, count):
-        top = torch.full((*hidden.shape[:2], VOCAB), float("nan")).topk(count)
-        return top.indices, top.values
+        return likeliest(torch.full((*hidden.shape[:2], VOCAB), float("nan")), count)
 
     tree = grow(torch.tensor([4]), torch.zeros(1, 1), nan_law, lambda *_: torch.zeros(1, 3, 1), shape)
     assert int(tree.tokens[0, 0]) == 4
@@ -142,20 +140,24 @@ def test_drafts_while_decoding_equal_drafts_from_a_fresh_start(family):
 
         def session(self, *args: object):
             self.inner = wide.session(*args)
-            self.nodes, self.trees = self.inner.nodes, []
+            self.nodes, self.state, self.nbytes, self.trees = self.inner.nodes, None, 0, []
             return self
 
         def begin(self, features, first):
             self.inner.begin(features, first)
             followed.begin(features, first)
 
-        def draft(self, roots):
+        def draft(self, roots, *_: object):
             self.trees.append(followed.draft(roots))
             return self.inner.draft(roots)
 
         def observe(self, hidden, tokens, counts):
             self.inner.observe(hidden, tokens, counts)
             followed.observe(hidden, tokens, counts)
+
+        def settle(self, accepted):
+            self.inner.settle(accepted)
+            followed.settle(accepted)
 
         def free(self, row):
             self.inner.free(row)

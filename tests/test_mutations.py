@@ -132,8 +132,8 @@ def the_rope_delta_is_the_last_requests(right, session, asked):
 
 
 @change(TargetSession, "score")
-def depth_is_not_added_to_positions(right, session, tree):
-    return right(session, replace(tree, depth=torch.zeros_like(tree.depth)))
+def depth_is_not_added_to_positions(right, session, tree, horizon=0):
+    return right(session, replace(tree, depth=torch.zeros_like(tree.depth)), horizon)
 
 
 @change(SlotCache, "keep")
@@ -183,7 +183,8 @@ def the_walk_ignores_ancestors(_right, tree, want):
 
 @change(DraftTree, "follow")
 def padding_is_accepted(right, tree, want):
-    return right(replace(tree, live=torch.ones_like(tree.live)), want)
+    path, counts = right(replace(tree, live=torch.ones_like(tree.live)), want)
+    return path, counts.clamp(max=path.shape[1])  # several children may be the wanted one
 
 
 @change(DraftTree, "follow")

@@ -10,12 +10,22 @@ from scipy.stats import kstest
 from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
-from laws import VOCAB, assert_pair_law, hugging_face
+from laws import VOCAB, assert_pair_law, chosen, hugging_face
 from oracle import CAPACITY, Ask, OracleDrafter, prompt, random_eagle, target
 from speculens.drafters import LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
-from speculens.sampling import STATEFUL_PROCESSORS, Sampling, _uniform, choose, gumbel, node_histories, process
+from speculens.sampling import (
+    STATEFUL_PROCESSORS,
+    Laws,
+    Needs,
+    Sampling,
+    _uniform,
+    correct,
+    gumbel,
+    node_histories,
+    warp,
+)
 from speculens.tree import DraftTree
 from trees import line
 
@@ -58,7 +68,9 @@ def test_processed_logits_equal_hugging_faces_at_every_node(sampling, past, seed
         tree = replace(tree, tokens=tree.tokens % 3)
         past = [[token % 3 for token in row] for row in past]
     logits = torch.randn(3, 6, VOCAB, generator=generator) * 3
-    ours = process(logits, sampling, tree, past)
+    ours = correct(logits, tree, [sampling] * 3, past)
+    if sampling.temperature:
+        ours = warp(ours, Laws.of([sampling] * 3, ours.device), Needs.of([sampling]))
     theirs = hugging_face(sampling)
     for slot in range(3):
         for node in range(6):
@@ -104,12 +116,12 @@ def test_mixed_settings_in_one_batch_equal_separate_runs():
     ]
     past = [[1] * n for n in range(6)]
     positions = torch.arange(6) * 3
-    together = choose(logits, tree, mixed, positions, past)
+    together = chosen(logits, tree, mixed, positions, past)
     for slot, sampling in enumerate(mixed):
         one = DraftTree.build(
             *(x[slot : slot + 1] for x in (tree.tokens, tree.parents, tree.depth, tree.live)), tree.levels
         )
-        alone = choose(logits[slot : slot + 1], one, [sampling], positions[slot : slot + 1], [past[slot]])
+        alone = chosen(logits[slot : slot + 1], one, [sampling], positions[slot : slot + 1], [past[slot]])
         assert torch.equal(alone[0], together[slot])
 
 
@@ -153,7 +165,7 @@ def test_impossible_tokens_are_never_drawn_from_coarse_logits(dtype, sampling):
     logits[..., 10:13] = torch.tensor([1.0, 2.0, 3.0])
     tree = DraftTree.root(torch.zeros(slots, dtype=torch.long))
     seeds = [replace(sampling, seed=seed) for seed in range(slots)]
-    drawn = choose(logits.to(dtype), tree, seeds, torch.zeros(slots, dtype=torch.long), [[]] * slots)
+    drawn = chosen(logits.to(dtype), tree, seeds, torch.zeros(slots, dtype=torch.long), [[]] * slots)
     assert set(drawn.flatten().tolist()) == {10, 11, 12}
 
 

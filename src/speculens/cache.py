@@ -6,8 +6,11 @@ bytes are known before the first request; nothing grows later.
 Running slots always fill rows 0 .. running-1, so a step works on views and never gathers K/V. `free(row)` therefore
 moves the last running slot into the freed row; whoever keeps state per row must do the same.
 
-Calls that write: `aim` says where the next write goes, `write` writes, `keep` commits, `free` forgets. Columns at or
-beyond a slot's length hold junk at all times; whoever reads must mask them.
+Calls that write: `aim` says where the next write goes, `write` writes, `keep` or `commit` commits, `free` forgets.
+Columns at or beyond a slot's length hold junk at all times; whoever reads must mask them.
+
+Lengths live on the device. A step never asks for them: the host follows with `settle` once it has read what was
+accepted, and only the number of columns that a step looks at depends on what the host knows.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ class SlotCache:
     """Keys and values of `layers` attention layers for up to `slots` sequences of up to `capacity` columns.
 
     lengths  (slots,) long on the device: committed columns of each row
-    extents  the host's upper bound of the same, exact after `settle`; decides how many columns a step looks at
+    extents  the host's knowledge of the same: exact after `settle`; decides how many columns a step looks at
     """
+
+    GRAIN = 64  # columns: where a step looks at a bucket of them, masks of this width need no padding
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class SlotCache:
     ) -> None:
         self.slots, self.capacity, self.heads, self.head_dim = slots, capacity, heads, head_dim
         self.running = 0
+        self._filling = False
         self.extents = [0] * slots
         self.lengths = torch.zeros(slots, dtype=torch.long, device=devices[0])
         # One block per device holds the keys and values of all its layers: keep() is then two kernels, not 4 per layer.
@@ -50,7 +56,7 @@ class SlotCache:
             count = 2 * sum(d == device for d in devices)
             self._blocks[device] = torch.zeros(count, slots * capacity, heads * head_dim, dtype=dtype, device=device)
         self._rows = range(0)
-        self._columns = 0
+        self._columns = self._width = 0
         self._high = 0  # columns ever written to
         self._index = self.lengths.new_zeros(0)
 
@@ -60,39 +66,55 @@ class SlotCache:
         return sum(block.nbytes for block in self._blocks.values())
 
     @property
-    def seen(self) -> int:
-        """Upper bound of the committed columns of the rows that `aim` last named."""
-        return max((self.extents[row] for row in self._rows), default=0)
+    def longest(self) -> int:
+        """Committed columns of the longest running row."""
+        return max(self.extents[: self.running], default=0)
 
     @property
     def columns(self) -> int:
         """How many columns the next reads return: the longest aimed row, with what is written on top."""
         return self._columns
 
+    @property
+    def before(self) -> int:
+        """How many of these lie below what is written next, at most."""
+        return self._columns - self._width
+
     def admit(self) -> int:
         """Open the next row, empty, and return its number."""
-        if self.running == self.slots:
-            raise RuntimeError(f"all {self.slots} slots are running")
-        row = self.running
+        row = self._open()
         self.running += 1
-        self.lengths[row] = 0
-        self.extents[row] = 0
         return row
 
     @contextmanager
     def opening(self) -> Iterator[int]:
-        """`admit` for the length of a block that fills the row; the row is freed again if that fails."""
-        row = self.admit()
+        """A block that fills the row behind the running ones; then it runs, too. If that fails, nothing has happened.
+
+        Steps and `free` may come meanwhile. So the row's number is `running` at any time, and what is filled must be
+        committed, because steps that are padded write junk behind it.
+        """
+        row = self._open()
+        self._filling = True
         try:
             yield row
         except BaseException:
-            self.free(row)
+            self._wipe(self.running)
             raise
+        else:
+            self.running += 1
+        finally:
+            self._filling = False
 
-    def aim(self, rows: range, width: int, start: int = 0) -> None:
-        """Let the next writes go to columns `length + start` .. `+ width` of these rows; reads see all before."""
-        self._rows = rows
-        self._columns = self.seen + start + width
+    def aim(self, rows: range, width: int, start: int = 0, horizon: int = 0) -> None:
+        """Let the next writes go to columns `length + start` .. `+ width` of these rows; reads see all before.
+
+        horizon  0 looks at as many columns as the longest of the rows has. Else a bound of their lengths, and the
+                 columns follow from it alone: what one graph is recorded for
+        """
+        self._rows, self._width = rows, width
+        self._columns = (horizon or max((self.extents[row] for row in rows), default=0)) + start + width
+        if horizon:
+            self._columns = min(-(-self._columns // self.GRAIN) * self.GRAIN, self.capacity)
         if self._columns > self.capacity:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
         self._high = max(self._high, self._columns)
@@ -118,33 +140,48 @@ class SlotCache:
             # The right-hand side is gathered before anything is written, so overlapping moves are safe.
             block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
         self.lengths[:batch] += counts
-        for row in range(batch):
-            self.extents[row] += width
 
-    def commit(self, rows: range, counts: Sequence[int]) -> None:
-        """Commit the first `counts` of the columns just written to these rows."""
-        self.lengths[rows.start : rows.stop] += torch.tensor(counts, device=self.lengths.device)
-        for row, count in zip(rows, counts, strict=True):
+    def commit(self, counts: Tensor | int) -> None:
+        """Commit the first `counts` (B,) of the columns just written to the aimed rows."""
+        self.lengths[self._rows.start : self._rows.stop] += counts
+
+    def settle(self, counts: Sequence[int], first: int = 0) -> None:
+        """Tell the host's side how many columns were committed, to the rows from `first` on."""
+        for row, count in enumerate(counts, first):
             self.extents[row] += count
 
-    def settle(self, lengths: Sequence[int]) -> None:
-        """Tell the host's side the exact lengths of the running slots, once they are known."""
-        self.extents[: len(lengths)] = lengths
-
     def free(self, row: int) -> None:
-        """Forget a row; the last running slot takes its place.
-
-        The row left over is wiped: masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN.
-        """
+        """Forget a row; the last running slot takes its place."""
         last = self.running - 1
-        for block in self._blocks.values():
-            slots = block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
-            if row != last:
-                slots[:, row] = slots[:, last]
-            slots[:, last] = 0
-        self.lengths[row] = self.lengths[last]
-        self.extents[row] = self.extents[last]
+        self._move(last, row)
+        if self._filling:
+            self._move(self.running, last)
+        self._wipe(last + self._filling)
         self.running = last
+
+    def _open(self) -> int:
+        if self.running + self._filling == self.slots:
+            raise RuntimeError(f"all {self.slots} slots are running")
+        self.lengths[self.running] = self.extents[self.running] = 0
+        return self.running
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            for slots in self._by_row():
+                slots[:, target] = slots[:, source]
+            self.lengths[target] = self.lengths[source]
+            self.extents[target] = self.extents[source]
+
+    def _wipe(self, row: int) -> None:
+        """Masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN: nothing of it may stay."""
+        for slots in self._by_row():
+            slots[:, row] = 0
+        self.lengths[row] = self.extents[row] = 0
+
+    def _by_row(self) -> Iterator[Tensor]:
+        """Views (layers and kinds, slots, columns ever written to, heads x dim) of all that is held."""
+        for block in self._blocks.values():
+            yield block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
 
     def as_transformers(self) -> Cache:
         """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
@@ -182,7 +219,7 @@ class _Layer(CacheLayerMixin):
         return self._cache.write(self._layer, key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return self._cache.seen
+        return self._cache.before
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.columns, 0

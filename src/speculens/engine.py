@@ -7,28 +7,36 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.conversation import Conversation
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
-from speculens.sampling import Sampling, choose
+from speculens.features import Features
+from speculens.loop import Bucket, Corrected, Loop
+from speculens.sampling import Laws, Needs, Sampling, choose, correct
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
 from speculens.tree import DraftTree, TreeShape
+
+WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
 
 
 @dataclass(eq=False)
 class Slot:
     """One running sequence. `tokens` are those emitted so far, the prefill's first.
 
-    finish_reason  None while running; then `stop` (an EOS token or stop string), `length` or `cancelled`
+    finish_reason  None while running; then `stop` (an EOS token or stop string), `length`, `cancelled` or `error`
+    error          what ended a submitted request before its first token
     """
 
     prompt: Prompt
@@ -37,6 +45,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats = field(default_factory=Stats)
+    error: Exception | None = None
 
     @property
     def text(self) -> str:
@@ -83,6 +92,8 @@ class Engine:
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
     shape     draft tree; None takes the drafter's own
     timed     wait for the device around each part, so that `Stats.seconds` is true on a GPU (costs speed there)
+    prefill_chunk  rows of a submitted prompt that are filled in between two steps of the running slots; None: all
+    capture   `auto`: on one CUDA device, steps are recorded as graphs and replayed; `off`: they never are
     """
 
     def __init__(
@@ -94,20 +105,38 @@ class Engine:
         capacity: int | None = None,
         shape: TreeShape | None = None,
         timed: bool = False,
+        prefill_chunk: int | None = None,
+        capture: Literal["auto", "off"] = "auto",
     ) -> None:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
         self.capacity = capacity or min(target.context, 4096)
+        self._shape = shape
         self._drafter = self.drafter.session(target, slots, self.capacity, shape)
         # Drafted nodes are scored above the committed rows.
         self._target = target.session(slots, self.capacity + self._drafter.nodes)
+        self.prefill_chunk = prefill_chunk
         self._running: list[Slot] = []
+        self._waiting: deque[Slot] = deque()
+        self._filling: tuple[Slot, Generator[None, None, tuple[Tensor, Features]]] | None = None
+        self._loop = Loop(self._target, self._drafter, slots, target.device)
+        self._recorder = Recorder(self._loop.step, self._loop.state if capture == "auto" else None)
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
 
     @property
     def running(self) -> Sequence[Slot]:
         """Slots in row order."""
         return tuple(self._running)
+
+    @property
+    def pending(self) -> Sequence[Slot]:
+        """Submitted requests that do not run yet, the next one first."""
+        return (*([self._filling[0]] if self._filling else []), *self._waiting)
+
+    @property
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of keys and values of target and drafter: held from the start, whatever runs."""
+        return {"target": self._target.nbytes, "drafter": self._drafter.nbytes}
 
     # One request
 
@@ -158,80 +187,169 @@ class Engine:
     # Slots
 
     def admit(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Step:
-        """Prefill a request into a free slot and choose its first token.
+        """Prefill a request into a free slot at once and choose its first token.
 
-        Raises UserError if it cannot fit, RuntimeError if no slot is free.
+        Raises UserError if it cannot fit, RuntimeError if no slot is free or submitted requests wait for one.
         """
         if len(self._running) == self.slots:
             raise RuntimeError(f"all {self.slots} slots are running")
-        sampling = sampling or Sampling()
-        prompt = request if isinstance(request, Prompt) else self.target.encode(request)
-        self._check_room(prompt, sampling)
-        tokenizer = self.target.tokenizer
-        slot = Slot(prompt, sampling, TextStream(tokenizer, sampling.stop) if tokenizer else None)
+        if self.pending:
+            raise RuntimeError(f"{len(self.pending)} submitted requests are waiting: submit this one, too")
+        slot = self._slot(request, sampling)
         with self._clock("prefill", [slot]):
-            logits, features = self._target.prefill(prompt)
-            try:
-                tree = DraftTree.root(features.tokens[:, -1])
-                past = prompt.ids[:-1].tolist() if sampling.needs_history else []
-                first = choose(logits, tree, [sampling], torch.zeros_like(tree.tokens[0]), [past])[0]
-                slot.stats.add_prompt(len(prompt), int(prompt.image.sum()))
-                if begun := self._drafter.begin(features, first):
-                    slot.stats.add_view(begun.rows, begun.notes)
-            except BaseException:
-                self._target.free(len(self._running))
-                raise
-        self._running.append(slot)
-        emitted, text = self._emit(slot, first.tolist())
-        step = Step(slot, emitted, text, 0, None)
-        self._leave()
-        return step
+            logits, features = self._target.prefill(slot.prompt)
+            return self._begin(slot, logits, features)
+
+    def submit(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Slot:
+        """Queue a request. `step` fills it in when a slot is free, a piece at a time, and brings its first token.
+
+        Raises UserError if it cannot fit. What goes wrong later ends this slot alone: `error` says what it was.
+        """
+        slot = self._slot(request, sampling)
+        self._waiting.append(slot)
+        return slot
 
     def step(self) -> list[Step]:
-        """One round for every running slot."""
-        slots = list(self._running)
-        if not slots:
-            return []
-        device = self.target.device
-        roots = torch.tensor([slot.tokens[-1] for slot in slots], device=device)
-        with self._clock("draft", slots):
-            tree = self._drafter.draft(roots)
-        with self._clock("score", slots):
-            logits, hidden = self._target.score(tree)
-        with self._clock("choose", slots):
-            want = self._choose(logits, tree, slots)
-            path, counts = tree.follow(want)
-            tokens = want.gather(1, path)
-            self._target.keep(path, counts)
-            table = torch.cat([counts[:, None], tokens], 1).tolist()  # the step's one host read
+        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it.
+
+        Where nothing runs, prompts are filled in until something does.
+        """
+        steps = self._advance(list(self._running)) if self._running else []
+        while self.pending and len(self._running) < self.slots:
+            steps += self._fill()
+            if self._running:
+                break
+        return steps
+
+    def _advance(self, slots: Sequence[Slot]) -> list[Step]:
+        tree, table = self._round(slots)
         steps = []
-        for row, (slot, (count, *chosen)) in enumerate(zip(slots, table, strict=True)):
-            emitted, text = self._emit(slot, chosen[:count])
-            accepted = min(len(emitted), count - 1)
-            slot.stats.add_pass(len(emitted), accepted, int(tree.size) - 1)
-            steps.append(Step(slot, emitted, text, accepted, tree.rows(slice(row, row + 1))))
-        if any(slot.finish_reason is None for slot in slots):
-            with self._clock("observe", slots):
-                along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-                self._drafter.observe(along, tokens, [count for count, *_ in table])
-        self._target.settle([slot.length for slot in slots])
+        accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
+        for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
+            emitted, text = self._emit(slot, chosen)
+            drafted = min(len(emitted), len(chosen) - 1)
+            slot.stats.add_pass(len(emitted), drafted, int(tree.size) - 1)
+            steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1))))
+        self._target.settle([len(chosen) for chosen in accepted])
+        self._drafter.settle(accepted)
         self._leave()
         return steps
+
+    def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
+        """Record every graph that requests of such settings will need; nothing where steps are not recorded.
+
+        samplings  settings by kind: greedy, with or without each filter; a batch may hold one kind or all of them
+        progress   called after each graph with how many are done, and how many there are
+        """
+        self._check_idle()
+        if not self._recorder.on:
+            return
+        self._target.rehearse()
+        kinds = dict.fromkeys(Needs.of(some) for some in (*([one] for one in samplings), samplings))
+        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
+        columns = dict.fromkeys(column_bucket(length, self.capacity) for length in range(1, self.capacity + 1))
+        # The largest first: later graphs find room in what it took.
+        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, [self._shape], reversed(columns))]
+        for done, bucket in enumerate(buckets, 1):
+            if not self._recorder.ready(bucket):
+                return
+            if progress:
+                progress(done, len(buckets))
 
     def cancel(self, slot: Slot) -> None:
         """End a slot now; its row is free for the next request. Does nothing if it has ended already."""
         if slot.finish_reason is None:
             slot.finish_reason = "cancelled"
+            if slot in self._waiting:
+                self._waiting.remove(slot)
+            elif self._filling and self._filling[0] is slot:
+                self._filling[1].close()
+                self._filling = None
             self._leave()
 
     # Inside
 
-    def _choose(self, logits: Tensor, tree: DraftTree, slots: Sequence[Slot]) -> Tensor:
-        position = torch.tensor([len(slot.tokens) for slot in slots], device=logits.device)
+    def _slot(self, request: Conversation | Prompt, sampling: Sampling | None) -> Slot:
+        sampling = sampling or Sampling()
+        prompt = request if isinstance(request, Prompt) else self.target.encode(request)
+        self._check_room(prompt, sampling)
+        tokenizer = self.target.tokenizer
+        return Slot(prompt, sampling, TextStream(tokenizer, sampling.stop) if tokenizer else None)
+
+    def _fill(self) -> list[Step]:
+        """One piece of the first submitted prompt; a Step if that was its last."""
+        if self._filling is None:
+            slot = self._waiting.popleft()
+            self._filling = slot, self._target.pieces(slot.prompt, self.prefill_chunk)
+        slot, pieces = self._filling
+        with self._clock("prefill", [slot]):
+            try:
+                next(pieces)
+                return []
+            except StopIteration as end:
+                self._filling = None
+                try:
+                    return [self._begin(slot, *end.value)]
+                except Exception as error:  # noqa: BLE001 - kept for whoever submitted it
+                    return [self._fail(slot, error)]
+            except Exception as error:  # noqa: BLE001 - the same
+                self._filling = None
+                return [self._fail(slot, error)]
+
+    def _fail(self, slot: Slot, error: Exception) -> Step:
+        slot.finish_reason, slot.error = "error", error
+        return Step(slot, [], "", 0, None)
+
+    def _begin(self, slot: Slot, logits: Tensor, features: Features) -> Step:
+        """Let a prompt that the target has taken in run: its first token."""
+        row = len(self._running)
+        try:
+            first = self._first(slot, logits, features.tokens[:, -1])
+            slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
+            if begun := self._drafter.begin(features, first):
+                slot.stats.add_view(begun.rows, begun.notes)
+        except BaseException:
+            self._target.free(row)
+            raise
+        self._loop.front.admit(row, first, slot.sampling)
+        self._running.append(slot)
+        emitted, text = self._emit(slot, first.tolist())
+        self._leave()
+        return Step(slot, emitted, text, 0, None)
+
+    def _round(self, slots: Sequence[Slot]) -> tuple[DraftTree, list[list[int]]]:
+        """The step on the device, replayed where that is possible, and its one host read."""
+        bucket = self._bucket([slot.sampling for slot in slots])
+        corrected = self._correction(slots)
+        if corrected is None and self._recorder.ready(bucket):
+            with self._clock("step", slots):
+                outcome = self._recorder.replay(bucket)
+                return outcome.tree.clone(), outcome.table.tolist()
+        outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)
+        with self._clock("choose", slots):
+            return outcome.tree, outcome.table.tolist()
+
+    def _bucket(self, samplings: Sequence[Sampling]) -> Bucket:
+        """What the next step looks like. The tree's shape is decided here and nowhere else."""
+        rows, longest, needs = len(samplings), self._target.cache.longest, Needs.of(samplings)
+        if not self._recorder.on:
+            return Bucket(rows, needs, self._shape)
+        return Bucket(row_bucket(rows, self.slots), needs, self._shape, column_bucket(longest, self.capacity))
+
+    def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> Tensor:
+        """The token (1,) after the prompt, whose last is `root` (1,)."""
+        tree, sampling = DraftTree.root(root), slot.sampling
+        if corrected := self._correction([slot]):
+            logits = corrected(logits, tree)
+        return choose(logits, tree, Laws.of([sampling], root.device), Needs.of([sampling]), torch.zeros_like(root))[0]
+
+    def _correction(self, slots: Sequence[Slot]) -> Corrected | None:
+        """What the slots' own past does to their logits, if their settings ask for it."""
         samplings = [slot.sampling for slot in slots]
-        needed = any(sampling.needs_history for sampling in samplings)
-        history = [slot.prompt.ids.tolist() + slot.tokens[:-1] if needed else [] for slot in slots]
-        return choose(logits, tree, samplings, position, history)
+        if not any(sampling.needs_history for sampling in samplings):
+            return None
+        history = [[*slot.prompt.ids.tolist(), *slot.tokens][:-1] for slot in slots]
+        return lambda logits, tree: correct(logits, tree, samplings, history)
 
     def _emit(self, slot: Slot, tokens: Sequence[int]) -> tuple[list[int], str]:
         """Hand tokens to a slot one by one until it must stop."""
@@ -256,13 +374,14 @@ class Engine:
             if self._running[row].finish_reason is not None:
                 self._target.free(row)
                 self._drafter.free(row)
+                self._loop.front.free(row, len(self._running) - 1)
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last
 
     def _check_idle(self) -> None:
-        if self._running:
-            raise RuntimeError(f"{len(self._running)} slots are running: let them end, or use admit and step for all")
+        if busy := len(self._running) + len(self.pending):
+            raise RuntimeError(f"{busy} slots are running: let them end, or use admit and step for all")
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
         asked = len(prompt) + sampling.max_new_tokens

@@ -4,7 +4,8 @@ Greedy takes the argmax of the processed logits. Sampling takes the argmax of pr
 is one exact draw from their softmax (Gumbel-max). The noise of output position t depends only on (seed, t, token), so
 the same seed gives the same tokens with any drafter and with none.
 
-Logits are cast to float32 before processing, as Hugging Face's `generate` does; the warpers are Hugging Face's own.
+Logits are cast to float32 before processing, as Hugging Face's `generate` does. The warpers are Hugging Face's number
+for number (tests compare them), but take their settings from the device, so that rows of any settings share one pass.
 """
 
 from __future__ import annotations
@@ -15,13 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from speculens.errors import UserError
 from speculens.tree import DraftTree
@@ -99,85 +94,160 @@ class Sampling:
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0 or bool(self.processors)
 
     @property
-    def law(self) -> Sampling:
-        """The same without what does not touch the processed logits: slots of one law are processed together."""
+    def corrections(self) -> Sampling:
+        """The same with nothing but what depends on the past: slots of one kind are corrected together."""
         return Sampling(
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.no_repeat_ngram_size,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
             processors=self.processors,
         )
 
 
-def choose(
-    logits: Tensor,
-    tree: DraftTree,
-    samplings: Sequence[Sampling],
-    position: Tensor,
-    history: Sequence[Sequence[int]],
-) -> Tensor:
-    """The target's own next token at every node: (B, N) long.
+@dataclass(frozen=True)
+class Needs:
+    """Which work a batch of settings asks for, known to the host: the rest is left out of the pass.
 
-    logits    (B, N, V) raw, of any float dtype
+    draws  some row samples
+    top_k  room for the largest top_k of any row that samples, a power of two; 0 where none filters by it
+    top_p, min_p  some row that samples filters by it
+    """
+
+    draws: bool = False
+    top_k: int = 0
+    top_p: bool = False
+    min_p: bool = False
+
+    @staticmethod
+    def of(samplings: Sequence[Sampling]) -> Needs:
+        """What these settings need together."""
+        drawn = [sampling for sampling in samplings if sampling.temperature > 0]
+        largest = max((sampling.top_k for sampling in drawn), default=0)
+        return Needs(
+            draws=bool(drawn),
+            top_k=1 << (largest - 1).bit_length() if largest else 0,
+            top_p=any(sampling.top_p < 1 for sampling in drawn),
+            min_p=any(sampling.min_p > 0 for sampling in drawn),
+        )
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The settings of B rows as numbers on the device, so that one graph serves them all.
+
+    seed         (B,) long
+    draws        (B,) bool, False where greedy
+    temperature  (B,) float32, 1 where greedy
+    top_k        (B,) long, the vocabulary's size or more where it is off
+    top_p        (B,) float32, the mass that is cut off, below 0 where it is off
+    min_p        (B,) float32
+    """
+
+    seed: Tensor
+    draws: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @staticmethod
+    def of(samplings: Sequence[Sampling], device: torch.device) -> Laws:
+        """One row for each."""
+        kinds = (torch.long, torch.bool, torch.float32, torch.long, torch.float32, torch.float32)
+        columns = zip(*map(_numbers, samplings), strict=True)
+        return Laws(
+            *(torch.tensor(column, dtype=kind, device=device) for column, kind in zip(columns, kinds, strict=True))
+        )
+
+    def put(self, row: int, sampling: Sampling) -> None:
+        """Write one row, in place."""
+        for part, number in zip(self.parts, _numbers(sampling), strict=True):
+            part[row] = number
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.seed, self.draws, self.temperature, self.top_k, self.top_p, self.min_p
+
+    def rows(self, which: slice) -> Laws:
+        """Views of some of the rows."""
+        return Laws(*(part[which] for part in self.parts))
+
+
+_EVERYTHING = 1 << 62  # as top_k: no vocabulary has more
+
+
+def _numbers(sampling: Sampling) -> tuple[int | bool | float, ...]:
+    """One row of `Laws`."""
+    if sampling.temperature == 0:
+        return sampling.seed, False, 1.0, _EVERYTHING, -1.0, 0.0
+    cut = 1 - sampling.top_p if sampling.top_p < 1 else -1.0
+    return sampling.seed, True, sampling.temperature, sampling.top_k or _EVERYTHING, cut, sampling.min_p
+
+
+def choose(logits: Tensor, tree: DraftTree, laws: Laws, needs: Needs, position: Tensor) -> Tensor:
+    """The target's own next token at every node: (B, N) long. No host read.
+
+    logits    (B, N, V) of any float dtype, already corrected where a row's settings look at the past (`correct`)
     tree      the B trees; the token wanted at a node of depth d is output number `position + d`
     position  (B,) long, output number (from 0) of the token wanted at the root
-    history   per slot the committed token ids before the root, prompt included; read only if a setting needs it
     """
     logits = logits.float()
-    laws: dict[Sampling, list[int]] = {}
-    for slot, sampling in enumerate(samplings):
-        laws.setdefault(sampling.law, []).append(slot)
-    if len(laws) == 1:
-        scores = process(logits, next(iter(laws)), tree, history)
-    else:
-        scores = torch.empty_like(logits)
-        for law, slots in laws.items():
-            rows = torch.tensor(slots, device=logits.device)
-            scores[rows] = process(logits[rows], law, tree.rows(rows), [history[slot] for slot in slots])
-    if all(sampling.temperature == 0 for sampling in samplings):
-        return scores.argmax(-1)
-    seeds = torch.tensor([sampling.seed for sampling in samplings], device=logits.device)
-    drawn = torch.tensor([sampling.temperature > 0 for sampling in samplings], device=logits.device)
+    if not needs.draws:
+        return logits.argmax(-1)
+    scores = warp(logits, laws, needs)
     # Nodes of one depth guess the same output position, so they share its noise.
     positions = position[:, None] + torch.arange(tree.levels + 1, device=logits.device)
-    noise = gumbel(seeds[:, None], positions, logits.shape[-1]) * drawn[:, None, None]
+    noise = gumbel(laws.seed[:, None], positions, logits.shape[-1]) * laws.draws[:, None, None]
     depth = tree.depth[..., None].expand(-1, -1, logits.shape[-1])
     return (scores + noise.gather(1, depth)).argmax(-1)
 
 
-def process(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequence[Sequence[int]]) -> Tensor:
-    """Apply one setting's processors to (B, N, V) float32 logits, each node with its own history, in HF's order."""
-    batch, nodes, vocab = logits.shape
-    if sampling.needs_history:
-        tokens, lengths = node_histories(tree, history)
-        if sampling.repetition_penalty != 1.0:
-            logits = _repetition_penalty(logits, tokens, sampling.repetition_penalty)
-        if sampling.no_repeat_ngram_size:
-            logits = _forbid_repeats(logits, tokens, lengths, sampling.no_repeat_ngram_size)
-        if sampling.processors:
-            logits = _node_by_node(logits, tokens, lengths, sampling.processors)
-    if sampling.temperature == 0:
-        return logits
-    scores = logits.reshape(batch * nodes, vocab)
-    for warper in _warpers(sampling):
-        scores = warper(None, scores)  # none of these reads the ids
-    return scores.view(batch, nodes, vocab)
+def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
+    """Temperature, top-k, top-p and min-p of each row, (B, N, V) float32: Hugging Face's warpers, number for number."""
+    scores = scores / laws.temperature[:, None, None]
+    if needs.top_k:
+        largest = scores.topk(min(needs.top_k, scores.shape[-1])).values
+        place = (laws.top_k - 1)[:, None, None].expand(-1, scores.shape[1], 1)
+        least = largest.gather(2, place.clamp(max=largest.shape[-1] - 1))
+        filters = (laws.top_k < scores.shape[-1])[:, None, None]
+        scores = scores.masked_fill((scores < least) & filters, -torch.inf)
+    if needs.top_p:
+        rising = scores.sort(-1)
+        cut = rising.values.softmax(-1).cumsum(-1) <= laws.top_p[:, None, None]
+        cut[..., -1:].fill_(False)
+        scores = scores.masked_fill(cut.scatter(-1, rising.indices, cut), -torch.inf)
+    if needs.min_p:
+        likely = scores.softmax(-1)
+        scores = scores.masked_fill(likely < laws.min_p[:, None, None] * likely.amax(-1, keepdim=True), -torch.inf)
+    return scores
 
 
-def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    warpers: list[LogitsProcessor] = []
-    if sampling.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers
+def correct(logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], history: Sequence[Sequence[int]]) -> Tensor:
+    """Apply penalty, n-grams and further processors to (B, N, V) logits, in Hugging Face's order.
+
+    history  per slot the committed token ids before the root, prompt included; read only if its settings need it
+    """
+    kinds: dict[Sampling, list[int]] = {}
+    for slot, sampling in enumerate(samplings):
+        if sampling.needs_history:
+            kinds.setdefault(sampling.corrections, []).append(slot)
+    logits = logits.float()
+    if kinds:
+        logits = logits.clone()
+    for kind, slots in kinds.items():
+        rows = torch.tensor(slots, device=logits.device)
+        logits[rows] = _corrected(logits[rows], kind, tree.rows(rows), [history[slot] for slot in slots])
+    return logits
+
+
+def _corrected(logits: Tensor, sampling: Sampling, tree: DraftTree, history: Sequence[Sequence[int]]) -> Tensor:
+    tokens, lengths = node_histories(tree, history)
+    if sampling.repetition_penalty != 1.0:
+        logits = _repetition_penalty(logits, tokens, sampling.repetition_penalty)
+    if sampling.no_repeat_ngram_size:
+        logits = _forbid_repeats(logits, tokens, lengths, sampling.no_repeat_ngram_size)
+    if sampling.processors:
+        logits = _node_by_node(logits, tokens, lengths, sampling.processors)
+    return logits
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:

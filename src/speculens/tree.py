@@ -13,6 +13,7 @@ Because every emitted token is the target's own want given its own prefix, the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,15 @@ class DraftTree:
 
     def rows(self, which: Tensor | slice) -> DraftTree:
         """The trees of some of the slots."""
+        return self._each(lambda part: part[which])
+
+    def clone(self) -> DraftTree:
+        """The same in memory of its own: a replayed step writes its next tree into this one's."""
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> DraftTree:
         parts = (self.tokens, self.parents, self.depth, self.live, self.ancestors)
-        tokens, parents, depth, live, ancestors = (part[which] for part in parts)
+        tokens, parents, depth, live, ancestors = map(change, parts)
         return DraftTree(tokens, parents, depth, live, ancestors, self.levels)
 
     def follow(self, want: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,7 @@ class DraftTree:
         No host read. A node is accepted iff each node on its line equals its parent's want.
         """
         agrees = (self.tokens == want.gather(1, self.parents)) & self.live
-        agrees[:, 0] = True
+        agrees[:, 0].fill_(True)
         accepted = ~(self.ancestors & ~agrees[:, None, :]).any(-1)
         order = torch.where(accepted, self.depth, self.levels + 1)
         path = order.argsort(dim=1, stable=True)[:, : self.levels + 1]
@@ -129,8 +137,8 @@ class DraftTree:
 def _ancestors(parents: Tensor, levels: int) -> Tensor:
     """(B, N, N) bool reachability from (B, N) parents, by squaring: log2(levels) small products."""
     size = parents.shape[1]
-    eye = torch.eye(size, device=parents.device)
-    reach = torch.maximum(eye, torch.nn.functional.one_hot(parents, size).to(eye.dtype))
+    nodes = torch.arange(size, device=parents.device)
+    reach = ((parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
     steps = 1
     while steps < levels:
         reach = (reach @ reach).clamp_(max=1)

@@ -51,10 +51,18 @@ class DraftSession(Protocol):
     """A drafter's state for a set of slots. Rows are numbered as in the target's cache: free moves the last one in.
 
     nodes  the largest tree it will ever draft, the root included
+    state  all tensors on the device, caches of keys and values apart, that carry something from one step to the next;
+           then `draft` and `observe` must be tensor operations of fixed shapes without a host read. None: some of the
+           work is done on the host, so that steps cannot be captured
+    nbytes bytes of keys and values, held from the start
     """
 
     @property
     def nodes(self) -> int: ...
+    @property
+    def state(self) -> Sequence[Tensor] | None: ...
+    @property
+    def nbytes(self) -> int: ...
 
     def begin(self, features: Features, first: Tensor) -> Prefilled | None:
         """Admit a slot: the target's features of its prompt (batch of one) and the first token chosen, (1,).
@@ -62,16 +70,25 @@ class DraftSession(Protocol):
         Returns what it made of the prompt, for the slot's statistics; None if it keeps no row.
         """
 
-    def draft(self, roots: Tensor) -> DraftTree:
-        """Guess: a tree on each running slot's newest token, roots (B,)."""
+    def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
+        """Guess: a tree on each row's newest token, roots (B,).
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
-        """See what was accepted.
+        shape    of the tree, no larger than the session's own, which None means
+        horizon  a bound of the target's rows for every slot of this step; 0 leaves it to what the session knows
+
+        Rows behind the running ones may be among the B, where steps are captured: what is drafted there is never seen.
+        """
+
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """See what was accepted, on the device.
 
         hidden  (B, A, H) the target's features along each accepted path
         tokens  (B, A) long, the target's choice at each of them (the last is the next root)
-        counts  how many of the A are real in each slot
+        counts  (B,) long, how many of the A are real; 0 in rows that do not run, of which nothing may change
         """
+
+    def settle(self, accepted: Sequence[Sequence[int]]) -> None:
+        """See the same on the host, once it knows: the tokens that each running slot accepted."""
 
     def free(self, row: int) -> None:
         """Forget a slot; the last running one takes its row."""
@@ -103,12 +120,16 @@ class NoDrafter:
 
 class _NoSession:
     nodes = 1
+    nbytes = 0
+    state: Sequence[Tensor] = ()
 
     def begin(self, features: Features, first: Tensor) -> None: ...
 
-    def draft(self, roots: Tensor) -> DraftTree:
+    def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
         return DraftTree.root(roots)
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None: ...
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+
+    def settle(self, accepted: Sequence[Sequence[int]]) -> None: ...
 
     def free(self, row: int) -> None: ...

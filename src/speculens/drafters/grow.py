@@ -13,7 +13,8 @@ from torch import Tensor
 
 from speculens.tree import DraftTree, TreeShape
 
-# propose(hidden (B, n, H), k) -> the k likeliest tokens after each, (B, n, k), and their log-probabilities in float32
+# propose(hidden (B, n, H), k) -> of the k likeliest tokens after each, log-probabilities (B, n, k) in float32, falling,
+# and tokens (B, n, k)
 Propose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # expand(tokens (B, k), hidden of their parents (B, k, H), level, lineage (B, k, (level + 1) k)) -> hidden (B, k, H);
 # lineage marks, among the nodes expanded so far, each node's ancestors and itself
@@ -46,7 +47,7 @@ def grow(roots: Tensor, hidden: Tensor, propose: Propose, expand: Expand, shape:
     zeros = torch.zeros_like(roots)[:, None]
     found = _Candidates([roots[:, None]], [hidden.new_zeros(batch, 1, dtype=torch.float32)], [zeros], [zeros])
 
-    tokens, scores = (part[:, 0] for part in propose(hidden[:, None], width))
+    scores, tokens = (top[:, 0] for top in propose(hidden[:, None], width))
     nodes = torch.arange(1, width + 1, device=roots.device).expand(batch, -1)
     found.add(tokens, scores, zeros.expand(-1, width), 1)
 
@@ -54,8 +55,8 @@ def grow(roots: Tensor, hidden: Tensor, propose: Propose, expand: Expand, shape:
     lineage, parent_hidden = own, hidden[:, None].expand(-1, width, -1)
     for level in range(shape.num_steps):
         output = expand(tokens, parent_hidden, level, lineage)
-        children, values = (part.flatten(1) for part in propose(output, width))
-        reach = scores.repeat_interleave(width, 1) + values
+        gains, drafted = propose(output, width)
+        reach, children = (scores[..., None] + gains).flatten(1), drafted.flatten(1)
         created = 1 + width + level * width**2
         found.add(children, reach, nodes.repeat_interleave(width, 1), level + 2)
         if level + 1 == shape.num_steps:
@@ -65,6 +66,13 @@ def grow(roots: Tensor, hidden: Tensor, propose: Propose, expand: Expand, shape:
         parent_hidden = output.gather(1, parent[..., None].expand_as(output))
         lineage = torch.cat([lineage.gather(1, parent[..., None].expand_as(lineage)), own], 2)
     return _best(found, shape)
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of (..., V) logits: their log-probabilities in float32, falling, and their tokens."""
+    top = logits.topk(count)
+    # Not above 0, rounding included: the sum holds exp(0), so its logarithm is not negative.
+    return top.values.float() - logits.float().logsumexp(-1, keepdim=True), top.indices
 
 
 def _best(found: _Candidates, shape: TreeShape) -> DraftTree:

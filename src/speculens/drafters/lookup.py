@@ -65,6 +65,7 @@ class _LookupSession:
     def __init__(self, longest: int, shape: TreeShape) -> None:
         self._longest, self._shape = longest, shape
         self.nodes = shape.num_draft_tokens
+        self.state, self.nbytes = None, 0  # histories are the host's
         self._slots: list[_History] = []
 
     def begin(self, features: Features, first: Tensor) -> None:
@@ -73,8 +74,8 @@ class _LookupSession:
             history.append(token)
         self._slots.append(history)
 
-    def draft(self, roots: Tensor) -> DraftTree:
-        tries = [self._grow(history) for history in self._slots]
+    def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
+        tries = [self._grow(history, shape or self._shape) for history in self._slots]
         size = max(len(tokens) for tokens, _, _ in tries)
         padded = [
             [values + [0] * (size - len(values)) for values in (*trie, [1] * len(trie[0]))] for trie in tries
@@ -83,9 +84,11 @@ class _LookupSession:
         tokens[:, 0] = roots
         return DraftTree.build(tokens, parents, depth, live.bool(), max(max(trie[2]) for trie in tries))
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
-        for history, row, count in zip(self._slots, tokens.tolist(), counts, strict=True):
-            for token in row[:count]:
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+
+    def settle(self, accepted: Sequence[Sequence[int]]) -> None:
+        for history, tokens in zip(self._slots, accepted, strict=True):
+            for token in tokens:
                 history.append(token)
 
     def free(self, row: int) -> None:
@@ -93,15 +96,15 @@ class _LookupSession:
         if row < len(self._slots):
             self._slots[row] = last
 
-    def _grow(self, history: _History) -> tuple[list[int], list[int], list[int]]:
+    def _grow(self, history: _History, shape: TreeShape) -> tuple[list[int], list[int], list[int]]:
         """Tokens, parents and depth of the trie of continuations; node 0 is the root."""
         tokens, parents, depth = [history.tokens[-1]], [0], [0]
         children: dict[tuple[int, int], int] = {}
         for start in history.continuations():
             node = 0
-            for token in history.tokens[start : start + self._shape.levels]:
+            for token in history.tokens[start : start + shape.levels]:
                 if (node, token) not in children:
-                    if len(tokens) == self._shape.num_draft_tokens:
+                    if len(tokens) == shape.num_draft_tokens:
                         return tokens, parents, depth
                     children[node, token] = len(tokens)
                     tokens.append(token)

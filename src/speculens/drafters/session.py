@@ -11,7 +11,7 @@ from torch import Tensor
 from speculens.cache import SlotCache
 from speculens.drafters.base import Lender, Prefilled
 from speculens.drafters.config import DrafterConfig
-from speculens.drafters.grow import grow
+from speculens.drafters.grow import grow, likeliest
 from speculens.drafters.layer import Attend, causal_attention, masked_attention
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
@@ -53,6 +53,9 @@ class HeadSession:
         self._hidden = torch.zeros(slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._position = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._memory = torch.zeros_like(self._hidden)
+        self._horizon = 0
+        self.state = (self.cache.lengths, self._hidden, self._position)
+        self.nbytes = self.cache.nbytes
 
     @torch.no_grad()
     def begin(self, features: Features, first: Tensor) -> Prefilled:
@@ -63,7 +66,8 @@ class HeadSession:
         with self.cache.opening() as row:
             self.cache.aim(range(row, row + 1), count)
             output = self.drafter(rows, self._causal)
-            self.cache.commit(range(row, row + 1), [count])
+            self.cache.commit(count)
+            self.cache.settle([count], row)
         self._hidden[row] = output[0, -1]
         self._position[row] = rows.positions[0, -1] + 1
         if rows.memory is not None:
@@ -71,37 +75,46 @@ class HeadSession:
         return Prefilled(count, rows.notes[0] if rows.notes else {})
 
     @torch.no_grad()
-    def draft(self, roots: Tensor) -> DraftTree:
-        return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, self.shape)
+    def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
+        self._horizon = horizon  # no view has more rows than the target
+        return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, shape or self.shape)
 
     @torch.no_grad()
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
-        """Accepted tokens re-enter with the target's own features; KV of drafted features is overwritten."""
-        batch, width = len(counts), max(counts)
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Accepted tokens re-enter with the target's own features; KV of drafted features is overwritten.
+
+        What lies beyond a slot's count enters too, behind all that counts, so that it is seen by nothing that is kept.
+        """
+        batch, width = tokens.shape
         offsets = torch.arange(width, device=tokens.device)
-        before = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril().expand(batch, -1, -1)
-        rows = self._rows(tokens[:, :width], hidden[:, :width], self._position[:batch, None] + offsets)
-        output = self._run(rows, 0, before, step=0)
-        self.cache.commit(range(batch), counts)
-        taken = torch.tensor(counts, device=tokens.device)
-        self._hidden[:batch] = output[torch.arange(batch, device=tokens.device), taken - 1]
-        self._position[:batch] += taken
+        before = (offsets <= offsets[:, None]).expand(batch, -1, -1)
+        position = self._position[:batch]
+        output = self._run(self._rows(tokens, hidden, position[:, None] + offsets), 0, before, step=0)
+        self.cache.commit(counts)
+        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[2])
+        self._hidden[:batch] = torch.where(counts[:, None] > 0, output.gather(1, last)[:, 0], self._hidden[:batch])
+        position += counts
+
+    def settle(self, accepted: Sequence[Sequence[int]]) -> None:
+        """The host's side of the cache follows."""
+        self.cache.settle([len(tokens) for tokens in accepted])
 
     def free(self, row: int) -> None:
+        """Forget a slot; the row left over holds no number that could spread."""
         last = self.cache.running - 1
-        self._hidden[row] = self._hidden[last]
-        self._position[row] = self._position[last]
-        self._memory[row] = self._memory[last]
+        for part in (self._hidden, self._position, self._memory):
+            part[row] = part[last]
+            part[last] = 0
         self.cache.free(row)
 
     def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        top = self.target.logits(hidden, self._head).float().log_softmax(-1).topk(count)
-        return (top.indices if self._ids is None else self._ids[top.indices]), top.values
+        scores, tokens = likeliest(self.target.logits(hidden, self._head), count)
+        return scores, tokens if self._ids is None else self._ids[tokens]
 
     def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
         """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
         positions = (self._position[: len(tokens), None] + level).expand_as(tokens)
-        return self._run(self._rows(tokens, hidden, positions), level * self.shape.topk, lineage, step=level + 1)
+        return self._run(self._rows(tokens, hidden, positions), level * tokens.shape[1], lineage, step=level + 1)
 
     def _rows(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Rows:
         memory = self._memory[: len(tokens), None].expand_as(hidden)
@@ -110,7 +123,7 @@ class HeadSession:
     def _run(self, rows: Rows, start: int, newest: Tensor, step: int) -> Tensor:
         """The layer over new columns `start` .. of every running slot; newest (B, m, M) masks the M newest columns."""
         batch, width = rows.positions.shape
-        self.cache.aim(range(batch), width, start)
+        self.cache.aim(range(batch), width, start, self._horizon)
         allowed = tree_mask(self.cache.lengths[:batch], newest, self.cache.columns)
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

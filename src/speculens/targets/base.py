@@ -7,7 +7,7 @@ the decoder is called directly with embeddings, positions, a 4-D mask and our ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,12 @@ class Target:
     def device(self) -> torch.device:
         """Where token embeddings are looked up, and where logits are chosen from."""
         return next(self.embedding.parameters()).device
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a pass is kernels on one device alone. Quantised layers may decide on the host; moves always do."""
+        devices = {weight.device for weight in self.model.parameters()}
+        return len(devices) == 1 and not getattr(self.model, "is_quantized", False)
 
     @property
     def context(self) -> int:
@@ -183,11 +189,16 @@ class Target:
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has nothing left to find out."""
+        return self._softcap is None or self._softcap_applies is not None
+
     def calibrate(self, inputs: dict[str, Any], hidden: Tensor) -> None:
         """Find out once whether this model's own forward soft-caps its logits: versions of transformers differ."""
-        if self._softcap is None or self._softcap_applies is not None:
-            self._softcap_applies = bool(self._softcap_applies)
+        if self.calibrated:
             return
+        assert self._softcap is not None  # noqa: S101 - for the type checker: else it is calibrated
         own = self.model(**{k: self._fitted(v) for k, v in inputs.items()}, logits_to_keep=1).logits[0, -1].float()
         plain = self.head(hidden).float()
         capped = torch.tanh(plain / self._softcap) * self._softcap
@@ -214,49 +225,87 @@ class TargetSession:
             devices=[next(layer.parameters()).device for layer in target.decoder.layers],
         )
         self._past = self.cache.as_transformers()
+        # What a step carries to the next one, where it is tensor operations on one device; else None.
+        self.state = (self.cache.lengths,) if target.can_be_captured else None
         # Next position minus number of rows: not 0 on M-RoPE targets (a picture takes fewer positions than rows) and on
         # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
         self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
-        self._axes = 1
+        self._axes = 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
         self._groups = groups_in_mask(target.decoder.config)
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
 
-    @torch.no_grad()
     def prefill(self, prompt: Prompt) -> tuple[Tensor, Features]:
         """Admit a prompt into the next row, in one forward: logits (1, 1, V) after its last token, and features."""
-        target, cache = self.target, self.cache
+        pieces = self.pieces(prompt)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                result: tuple[Tensor, Features] = end.value
+                return result
+
+    @torch.no_grad()
+    def pieces(self, prompt: Prompt, size: int | None = None) -> Generator[None, None, tuple[Tensor, Features]]:
+        """`prefill` with a pause after every `size` rows of the text decoder; steps may run and rows be freed in it.
+
+        The vision tower runs before the first piece, at once. A family whose decoder takes more by row than embeddings,
+        positions and a plain mask (image blocks, deepstack) is filled in one piece. Closing the generator, or an error,
+        leaves no trace.
+        """
+        target, cache, rows = self.target, self.cache, len(prompt)
         mask = prompt.inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask.all():
             raise UserError("The prompt holds padding, which the draft tree would read as text: encode it without.")
-        with cache.opening() as row:
-            cache.aim(range(row, row + 1), len(prompt))
-            door = target.at_the_door(prompt.inputs, self._past)
-            hidden = target.decoder(**{**door, "past_key_values": self._past, "use_cache": True}).last_hidden_state
+        with cache.opening():
+            row = cache.running
+            cache.aim(range(row, row + 1), rows)
+            door = target.at_the_door(prompt.inputs, self._past) | {"past_key_values": self._past, "use_cache": True}
+            size = size if size and _is_plain(door) else rows
+            parts = []
+            for start in range(0, rows, size):
+                if start:
+                    yield
+                stop = min(start + size, rows)
+                row = cache.running  # not what it was, if a slot has ended
+                cache.aim(range(row, row + 1), stop - start)
+                parts.append(target.decoder(**(_piece(door, start, stop) if size < rows else door)).last_hidden_state)
+                cache.commit(stop - start)
+                cache.settle([stop - start], row)
+            hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
-            cache.commit(range(row, row + 1), [len(prompt)])
-        positions = door.get("position_ids")
-        self._axes = 3 if positions is not None and positions.ndim == 3 else 1
-        self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - len(prompt)
+            positions = door.get("position_ids")
+            self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - rows
         device = target.device
         features = Features(
             tokens=prompt.ids[None].to(device),
             hidden=hidden.to(device),
             embeds=door["inputs_embeds"].to(device),
-            positions=torch.arange(len(prompt), device=device)[None],
+            positions=torch.arange(rows, device=device)[None],
             image=prompt.image[None].to(device),
-            lengths=torch.tensor([len(prompt)], device=device),
+            lengths=torch.tensor([rows], device=device),
         )
         return logits, features
 
+    def rehearse(self) -> None:
+        """Let the model show now what it else shows at the first prompt, before a graph is recorded without it."""
+        if not self.target.calibrated:
+            ids = torch.zeros(2, dtype=torch.long)
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+            self.prefill(Prompt(ids, inputs, ids.bool()))
+            self.free(self.cache.running - 1)
+
     @torch.no_grad()
-    def score(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """One pass over every node of every running slot: logits (B, N, V) and hidden states (B, N, H)."""
-        target, cache = self.target, self.cache
-        cache.aim(range(cache.running), tree.size)
-        lengths = cache.lengths[: cache.running]
-        positions = (lengths + self._offsets[: cache.running])[:, None] + tree.depth
+    def score(self, tree: DraftTree, horizon: int = 0) -> tuple[Tensor, Tensor]:
+        """One pass over every node of the first B rows: logits (B, N, V) and hidden states (B, N, H). No host read.
+
+        horizon  a bound of the committed rows of every slot: how far the pass looks; 0 looks as far as it must
+        """
+        target, cache, batch = self.target, self.cache, len(tree.tokens)
+        cache.aim(range(batch), tree.size, horizon=horizon)
+        lengths = cache.lengths[:batch]
+        positions = (lengths + self._offsets[:batch])[:, None] + tree.depth
         if self._axes == 3:
             positions = positions.expand(3, -1, -1)
         hidden = target.decoder(
@@ -269,12 +318,17 @@ class TargetSession:
         return target.logits(hidden), hidden
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
-        """Commit the accepted path of every running slot; the drafted rest is forgotten."""
+        """Commit the accepted path of the first B rows; the drafted rest is forgotten."""
         self.cache.keep(path, counts)
 
-    def settle(self, lengths: Sequence[int]) -> None:
-        """Exact lengths, once the host knows them."""
-        self.cache.settle(lengths)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, held from the start."""
+        return self.cache.nbytes
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """How many rows each running slot kept, once the host knows."""
+        self.cache.settle(counts)
 
     def free(self, row: int) -> None:
         """Forget a slot; the last running one takes its row."""
@@ -304,3 +358,27 @@ def _rows(weight: Tensor, which: Tensor, device: torch.device) -> nn.Parameter:
 def _last_position(positions: Tensor) -> Tensor:
     """Largest position, from (B, n), M-RoPE's (3, B, n), or (4, B, n) whose first row is the plain text position."""
     return (positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions).amax()
+
+
+# What a decoder takes that is about rows and can be cut between any two of them.
+_BY_ROW = ("inputs_embeds", "position_ids", "cache_position")
+
+
+def _is_plain(door: Mapping[str, Any]) -> bool:
+    """Whether a decoder's inputs are embeddings, positions and no more than a padding mask."""
+    mask = door.get("attention_mask")
+    rest = (value for name, value in door.items() if name not in (*_BY_ROW, "attention_mask", "past_key_values"))
+    plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    return plain and not any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in rest)
+
+
+def _piece(door: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The inputs of some rows. The mask is of ones alone, which the decoder's own causal mask makes needless."""
+    cut = {name: door[name] for name in _BY_ROW if door.get(name) is not None}
+    embeds = cut.pop("inputs_embeds")[:, start:stop]
+    return {
+        **door,
+        **{name: value[..., start:stop] for name, value in cut.items()},
+        "inputs_embeds": embeds,
+        "attention_mask": None,
+    }

@@ -1,0 +1,267 @@
+"""A step is the same tensor operations on the same buffers each time: what CUDA graphs need, shown without a GPU."""
+
+import functools
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oracle import CAPACITY, Ask, oracle, prompt, target
+from speculens.capture import Recorder, column_bucket, row_bucket
+from speculens.drafters import METHODS, LookupDrafter, NoDrafter
+from speculens.engine import Engine
+from speculens.loop import Bucket
+from speculens.sampling import Needs, Sampling
+from speculens.training.config import DrafterRecipe
+from speculens.training.student import make_drafter
+from speculens.tree import TreeShape
+
+FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "paligemma2"]
+DRAFTERS = ["none", *METHODS]
+PAIRS = [*zip(DRAFTERS, [*FAMILIES, "llava"], strict=True), ("eaglevlm", "paligemma2"), ("none", "gemma3")]
+# Every likely token is a child of the root: paths of two and more are accepted, also from random drafters.
+WIDE = TreeShape(num_steps=1, topk=40, num_draft_tokens=80)
+MIXED = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=4),
+    Sampling(temperature=1.2, min_p=0.05, seed=5),
+]
+SETTINGS = {"greedy": [Sampling()] * 4, "mixed": MIXED}
+LENGTHS = (9, 4, 7, 11)
+
+
+@functools.cache
+def guesser(method, family):
+    if method == "none":
+        return NoDrafter()
+    torch.manual_seed(7)
+    drafter = make_drafter(DrafterRecipe(method), target(family)).to(target(family).dtype)
+    return drafter.eval().requires_grad_(False)
+
+
+def requests(family):
+    asks = [Ask(), Ask(images=2, seed=1), Ask(seed=2), Ask(images=3, turns=3, seed=3)]
+    return [prompt(family, ask) for ask in asks]
+
+
+def engine_for(method, family, slots=4, **options: object):
+    return Engine(target(family), guesser(method, family), slots=slots, capacity=CAPACITY, shape=WIDE, **options)
+
+
+def texts(engine, family, setting):
+    samplings = [replace(s, max_new_tokens=n) for s, n in zip(SETTINGS[setting], LENGTHS, strict=True)]
+    return [generation.tokens for generation in engine.generate_all(requests(family), samplings)]
+
+
+# No host read, nothing made from the host's numbers
+
+
+class HostWorkError(AssertionError):
+    """A step did what cannot be part of a graph."""
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Raises on operations that read back, whose result's shape depends on data, or that copy the host's numbers."""
+
+    FORBIDDEN = frozenset(
+        [
+            "_local_scalar_dense",
+            "item",
+            "nonzero",
+            "nonzero_static",
+            "masked_select",
+            "lift_fresh",
+            "lift_fresh_copy",
+            "bincount",
+            "_unique2",
+            "unique_dim",
+            "repeat_interleave",
+            "equal",
+            "is_nonzero",
+        ]
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.FORBIDDEN:
+            raise HostWorkError(name)
+        by_index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if any(index is not None and index.dtype == torch.bool for index in by_index):
+            raise HostWorkError(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x.tolist(),
+        lambda x: x[0].item(),
+        lambda x: bool((x > 1).all()),
+        lambda x: x[x > 1],
+        lambda x: x + torch.tensor([1, 2, 3]),
+        lambda x: x.nonzero(),
+        lambda x: torch.nn.functional.one_hot(x, 9),
+        lambda x: torch.ones(3).repeat_interleave(x),
+        lambda x: list(x)[int(x[1])],
+    ],
+)
+def test_the_check_sees_work_of_the_host(wrong):
+    with pytest.raises(HostWorkError), DeviceOnly():
+        wrong(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_a_step_never_asks_the_device(method, family):
+    engine = engine_for(method, family)
+    for asked, sampling in zip(requests(family)[:3], MIXED, strict=False):
+        engine.admit(asked, replace(sampling, max_new_tokens=20))
+    for needs in (Needs(), Needs.of(MIXED)):
+        for horizon in (0, 256):
+            with DeviceOnly():
+                outcome = engine._loop.step(Bucket(4 if horizon else 3, needs, horizon=horizon))
+            accepted = [row[1 : 1 + row[0]] for row in outcome.table[:3].tolist()]
+            engine._target.settle([len(tokens) for tokens in accepted])
+            engine._drafter.settle(accepted)
+
+
+# Nothing but the buffers is carried from step to step
+
+
+class Replica(Recorder):
+    """Stands for graphs where there is no GPU: a replay runs the work again, while the host's side knows nothing."""
+
+    def __init__(self, engine):
+        super().__init__(engine._loop.step, engine._loop.state)
+        self.on, self.engine = True, engine
+        self.sizes = {}
+
+    def _record(self, key, kept):
+        for _ in range(2):  # what recording runs must leave no trace
+            with self._ignorant():
+                self._work(key)
+        return None, None
+
+    def replay(self, key):
+        self.replays += 1
+        assert key in self
+        with self._ignorant():
+            outcome = self._work(key)
+        # A graph's shapes are those that it was recorded with.
+        assert self.sizes.setdefault(key, outcome.table.shape) == outcome.table.shape
+        return outcome
+
+    @contextmanager
+    def _ignorant(self):
+        engine = self.engine
+        caches = [engine._target.cache, *([engine._drafter.cache] if hasattr(engine._drafter, "cache") else [])]
+        known = [(cache, cache.extents, cache.running) for cache in caches]
+        running, engine._running = engine._running, None
+        for cache in caches:
+            cache.extents, cache.running = [10**9] * engine.slots, None
+        try:
+            yield
+        finally:
+            engine._running = running
+            for cache, extents, rows in known:
+                cache.extents, cache.running = extents, rows
+
+
+def replaying(method, family, **options: object):
+    engine = engine_for(method, family, **options)
+    engine._recorder = Replica(engine)
+    return engine
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_replayed_steps_give_the_tokens_of_eager_ones(method, family, setting):
+    """Ragged slots that end at different steps, with rows of padding; recording happens in the middle of texts."""
+    eager = texts(engine_for(method, family, slots=3), family, setting)
+    engine = replaying(method, family, slots=4)
+    assert texts(engine, family, setting) == eager
+    recorder = engine._recorder
+    assert recorder.replays >= max(LENGTHS) / 2
+    assert 4 in {key.rows for key in recorder._graphs}, "three slots need a row of padding"
+
+
+def test_settings_with_a_past_run_eagerly_and_the_others_go_on_as_graphs():
+    family, law = "llava", Sampling(repetition_penalty=1.3, no_repeat_ngram_size=2, max_new_tokens=10)
+    alone = engine_for("eaglevlm", family).generate(requests(family)[0], law).tokens
+    engine = replaying("eaglevlm", family, slots=2)
+    plain, penalised = engine.generate_all(requests(family)[:2][::-1], [Sampling(max_new_tokens=20), law])
+    assert penalised.tokens == alone
+    assert engine._recorder.replays
+    assert {"draft", "score", "choose", "observe", "step"} <= set(plain.stats.seconds)
+
+
+def test_a_drafter_that_works_on_the_host_is_never_recorded():
+    for drafter in (LookupDrafter(), oracle("llava", [Ask()], [Sampling()])):
+        engine = Engine(target("llava"), drafter, capacity=CAPACITY)
+        assert engine._loop.state is None
+        assert not Recorder(engine._loop.step, engine._loop.state).on
+
+
+# Buckets and warm-up
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 32])
+def test_row_buckets_are_few_and_large_enough(most):
+    buckets = {row_bucket(rows, most) for rows in range(1, most + 1)}
+    assert len(buckets) <= most.bit_length() + 1
+    assert all(rows <= row_bucket(rows, most) <= most for rows in range(1, most + 1))
+
+
+@pytest.mark.parametrize("most", [100, 4096, 32768])
+def test_column_buckets_are_few_and_close(most):
+    buckets = {column_bucket(columns, most) for columns in range(1, most + 1)}
+    assert len(buckets) <= 4 * most.bit_length()
+    for columns in range(1, most + 1):
+        spare = column_bucket(columns, most) - columns
+        assert 0 <= spare < max(256, columns / 4)
+        assert columns + spare <= most
+
+
+def test_after_warming_up_nothing_is_recorded_any_more():
+    engine = replaying("eaglevlm", "llava", slots=3)
+    told = []
+    engine.warm_up(samplings=[Sampling(), *MIXED[1:2]], progress=lambda done, total: told.append((done, total)))
+    captures = engine._recorder.captures
+    assert told[-1] == (captures, captures)
+    assert [done for done, _ in told] == list(range(1, captures + 1))
+    many = [Sampling(temperature=i % 2, seed=i, max_new_tokens=3 + 5 * i % 17) for i in range(9)]
+    engine.generate_all((requests("llava") * 3)[:9], many)
+    assert engine._recorder.captures == captures
+    assert engine._recorder.replays > 20
+
+
+def test_warming_up_changes_nothing():
+    texts_before = texts(engine_for("eaglevlm", "qwen2_5_vl"), "qwen2_5_vl", "greedy")
+    engine = replaying("eaglevlm", "qwen2_5_vl")
+    engine.warm_up()
+    assert texts(engine, "qwen2_5_vl", "greedy") == texts_before
+
+
+def test_where_nothing_is_recorded_warming_up_does_nothing():
+    engine = engine_for("eaglevlm", "llava", capture="off")
+    engine.warm_up(progress=lambda *_: pytest.fail("nothing to do"))
+    assert not engine._recorder.on
+
+
+def test_a_recording_that_fails_is_told_once_and_costs_nothing(monkeypatch, caplog):
+    family = "llava"
+    eager = texts(engine_for("eaglevlm", family), family, "greedy")
+    engine = replaying("eaglevlm", family)
+
+    def fails(self, key, kept):
+        Replica._record(self, key, kept)  # it has run before it failed
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(engine._recorder, "_record", fails.__get__(engine._recorder))
+    assert texts(engine, family, "greedy") == eager
+    (line,) = caplog.messages
+    assert "operation not permitted" in line
+    assert "\n" not in line
+    assert engine._recorder.captures == engine._recorder.replays == 0

@@ -1,0 +1,152 @@
+"""Captured steps give the tokens of eager ones, on a CUDA device: `python tests/test_capture_gpu.py`, or by pytest.
+
+Targets of random weights in float64 with trees so wide that paths are accepted, and the shipped testbed in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import tiny  # noqa: E402 - found by the line above when this file is run by itself
+from speculens.checkpoints import load_drafter  # noqa: E402
+from speculens.conversation import Conversation  # noqa: E402
+from speculens.drafters import METHODS, NoDrafter  # noqa: E402
+from speculens.engine import Engine  # noqa: E402
+from speculens.sampling import Sampling  # noqa: E402
+from speculens.targets import Target, load_target  # noqa: E402
+from speculens.targets.base import Prompt  # noqa: E402
+from speculens.training.config import DrafterRecipe  # noqa: E402
+from speculens.training.student import make_drafter  # noqa: E402
+from speculens.tree import TreeShape  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+WIDE = TreeShape(num_steps=1, topk=90, num_draft_tokens=240)
+FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma2")
+CAPACITY = 640
+LENGTHS = (60, 9, 25, 40, 17, 33)  # the longest prompts here have about 200 rows: texts grow across 256 columns
+GREEDY = [Sampling()] * len(LENGTHS)
+SAMPLED = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=4),
+    Sampling(temperature=1.2, min_p=0.05, seed=5),
+    Sampling(temperature=1.0, repetition_penalty=1.2, seed=6),
+    Sampling(temperature=0.7, seed=7),
+]
+
+
+@functools.cache
+def target(family: str) -> Target:
+    return Target(tiny.model(family).to("cuda"), tiny.processor(family))
+
+
+@functools.cache
+def guesser(method: str, family: str):
+    if method == "none":
+        return NoDrafter()
+    torch.manual_seed(7)
+    drafter = make_drafter(DrafterRecipe(method), target(family))
+    return drafter.to("cuda", target(family).dtype).eval().requires_grad_(False)
+
+
+def requests(family: str) -> list[Prompt]:
+    return [
+        target(family).encode(tiny.conversation(family, images=1 + i % 3, turns=1 + 2 * (i % 3), seed=i))
+        for i in range(len(LENGTHS))
+    ]
+
+
+def texts(engine: Engine, prompts: list[Prompt], samplings: list[Sampling], lengths=LENGTHS) -> list[list[int]]:
+    settings = [replace(s, max_new_tokens=n) for s, n in zip(samplings, lengths, strict=True)]
+    return [generation.tokens for generation in engine.generate_all(prompts, settings)]
+
+
+def check(method: str, family: str, slots: int, samplings: list[Sampling]) -> None:
+    made = dict(slots=slots, capacity=CAPACITY, shape=WIDE)
+    eager = Engine(target(family), guesser(method, family), capture="off", **made)
+    captured = Engine(target(family), guesser(method, family), **made)
+    assert captured._recorder.on
+    for _ in range(2):  # graphs are recorded in the first round and only replayed in the second
+        assert texts(captured, requests(family), samplings) == texts(eager, requests(family), samplings)
+    recorder = captured._recorder
+    assert recorder.on, "a recording failed: see the log"
+    assert recorder.replays > recorder.captures > 0
+
+
+def check_warm_up(method: str) -> None:
+    engine = Engine(target("llava"), guesser(method, "llava"), slots=3, capacity=CAPACITY, shape=WIDE)
+    before = texts(engine, requests("llava"), GREEDY)
+    engine = Engine(target("llava"), guesser(method, "llava"), slots=3, capacity=CAPACITY, shape=WIDE)
+    engine.warm_up()
+    captures = engine._recorder.captures
+    assert texts(engine, requests("llava"), GREEDY) == before
+    assert engine._recorder.captures == captures > 0
+
+
+def check_testbed(name: str) -> None:
+    """Real acceptance: paths of several tokens."""
+    weights = ROOT / "testbed" / "weights"
+    trained = load_target(str(weights / name), device="cuda", dtype=torch.float32)
+    drafter = load_drafter(str(weights / f"{name}-eaglevlm"), dtype=torch.float32, device="cuda", target=trained)
+    prompts = [
+        trained.encode(Conversation.user(text, images=[tiny.picture(i)]))
+        for i, text in enumerate(["What is drawn here?", "Describe the picture.", "Name the colours, one by one."])
+    ]
+    lengths = (120, 80, 40)
+    for samplings in (GREEDY[:3], SAMPLED[:3]):
+        eager = Engine(trained, drafter, slots=2, capacity=1024, capture="off")
+        captured = Engine(trained, drafter, slots=2, capacity=1024)
+        assert texts(captured, prompts, samplings, lengths) == texts(eager, prompts, samplings, lengths)
+        assert captured._recorder.on and captured._recorder.replays > 0
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    for method in ("none", *METHODS):
+        for family in FAMILIES if method in ("none", "eaglevlm") else FAMILIES[:2]:
+            for slots in (1, 2, 3, 4) if family == "llava" else (3,):
+                for name, samplings in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                    case = functools.partial(check, method, family, slots, samplings)
+                    yield f"{method} on {family}, {slots} slots, {name}", case
+    for method in ("none", "hivis"):
+        yield f"warm-up of {method}", functools.partial(check_warm_up, method)
+    for name in ("llava", "qwen2_5_vl"):
+        yield f"testbed {name}", functools.partial(check_testbed, name)
+
+
+def main() -> int:
+    """Without pytest: a line for each case."""
+    failed = 0
+    for name, case in cases():
+        try:
+            case()
+            print("pass", name, flush=True)  # noqa: T201
+        except Exception:  # noqa: BLE001 - every case is told
+            failed += 1
+            print("FAIL", name, traceback.format_exc(), sep="\n", flush=True)  # noqa: T201
+    return failed
+
+
+try:
+    import pytest
+except ImportError:
+    pass
+else:
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+
+    @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases()])
+    def test_captured_steps_give_the_tokens_of_eager_ones(case):
+        case()
+
+
+if __name__ == "__main__":
+    sys.exit(main() if CUDA else "this needs a CUDA device")
