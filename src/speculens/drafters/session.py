@@ -53,7 +53,7 @@ class HeadSession:
         self._hidden = torch.zeros(slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._position = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._memory = torch.zeros_like(self._hidden)
-        self._horizon = 0
+        self._horizon = 0  # of the pass at hand; no view has more rows than the target
         self.state = (self.cache.lengths, self._hidden, self._position)
         self.nbytes = self.cache.nbytes
 
@@ -76,15 +76,16 @@ class HeadSession:
 
     @torch.no_grad()
     def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
-        self._horizon = horizon  # no view has more rows than the target
+        self._horizon = horizon
         return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, shape or self.shape)
 
     @torch.no_grad()
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None:
         """Accepted tokens re-enter with the target's own features; KV of drafted features is overwritten.
 
         What lies beyond a slot's count enters too, behind all that counts, so that it is seen by nothing that is kept.
         """
+        self._horizon = horizon
         batch, width = tokens.shape
         offsets = torch.arange(width, device=tokens.device)
         before = (offsets <= offsets[:, None]).expand(batch, -1, -1)
