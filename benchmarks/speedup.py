@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -40,7 +40,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument(
-        "--tree", type=int, nargs=3, metavar=("STEPS", "TOPK", "NODES"), help="instead of the drafters' own"
+        "--tree",
+        nargs="+",
+        metavar="STEPS TOPK NODES",
+        help="instead of the drafters' own; or auto: sized step by step",
     )
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
@@ -49,7 +52,7 @@ def main() -> None:
     target = load_target(given.target, device=given.device, dtype=given.dtype)
     prompts = [target.encode(question) for question in _questions(given.prompts, given.limit)]
     sampling = Sampling(temperature=given.temperature, max_new_tokens=given.max_new_tokens)
-    shape = TreeShape(*given.tree) if given.tree else None
+    shape = _tree(given.tree)
     answers = _measure(target, [NONE, *given.drafter], prompts, sampling, shape)
     entries = [Entry(name, answers[name], answers[NONE]) for name in answers]
     figures = {"setting": _setting(given, target, len(prompts)), "drafters": [_figures(entry) for entry in entries]}
@@ -60,6 +63,12 @@ def main() -> None:
         given.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def _tree(words: Sequence[str] | None) -> TreeShape | Literal["auto"] | None:
+    if words == ["auto"]:
+        return "auto"
+    return TreeShape(*map(int, words)) if words else None
+
+
 def _questions(files: Sequence[Path], limit: int) -> list[Conversation]:
     sources = [JsonLines([str(file)]) for file in files]
     longest = max(len(source) for source in sources)
@@ -68,7 +77,11 @@ def _questions(files: Sequence[Path], limit: int) -> list[Conversation]:
 
 
 def _measure(
-    target: Target, names: Sequence[str], prompts: Sequence[Prompt], sampling: Sampling, shape: TreeShape | None
+    target: Target,
+    names: Sequence[str],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    shape: TreeShape | Literal["auto"] | None,
 ) -> dict[str, list[Answer]]:
     capacity = max(map(len, prompts)) + sampling.max_new_tokens
     drafters = {name: load_drafter(name, dtype=target.dtype, device=target.device) for name in names}

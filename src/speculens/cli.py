@@ -65,7 +65,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a target on the hub.")]
 IMAGE_ROOT_HELP = "Where relative picture paths start; default: the folder of the file that names them."
 DRAFTER_HELP = "Folder or hub id of a drafter, `lookup` or `none`."
-TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
+TREE, SAMPLING, MODEL = "The draft tree (default: sized at each step)", "Sampling", "The model"
 Numbers = Annotated[Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)]
@@ -203,7 +203,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     shape = _shape(guesser, {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens})
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
-    engine = Engine(model, guesser, capacity=capacity, shape=shape)
+    engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto")
     alone = Engine(model, capacity=capacity) if compare else None
     if alone:
         warm_up((engine, alone), prompt, sampling)
