@@ -78,10 +78,10 @@ class Run:
         return command + (["--resume-from", "latest"] if any(output.glob("checkpoint-*")) else [])
 
 
-def runs(part: str, families: Iterable[str]) -> list[Run]:
-    """The runs of `shipped` or `ablations` for each family, family by family in turn."""
+def runs(part: str, families: Iterable[str], unit: int | None = None) -> list[Run]:
+    """The runs of `shipped` or `ablations` for each family in turn; `unit` takes the place of the plan's."""
     plan = yaml.safe_load(PLAN.read_text())
-    unit = plan["unit"]
+    unit = unit or int(plan["unit"])
     named = itertools.product(plan[part].items(), families)
     return [
         Run(family, name, **{key: value for key, value in said.items() if key != "units"}, steps=said["units"] * unit,
@@ -163,13 +163,18 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=ROOT / "testbed/weights")
     parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))
     parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--unit", type=int, help="updates of a unit of training time, instead of the plan's")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=4, help="runs on one GPU at a time")
     parser.add_argument("--minutes", type=float, default=1e6, help="when to stop what still runs")
     options, overrides = parser.parse_known_args()
     for folder in (options.out, options.scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    planned = [run for run in runs(options.part, options.families) if not options.only or run.name in options.only]
+    planned = [
+        run
+        for run in runs(options.part, options.families, options.unit)
+        if not options.only or run.name in options.only
+    ]
     sys.exit(Launcher(planned, options, overrides).work(begun + options.minutes * 60))
 
 

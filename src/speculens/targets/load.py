@@ -12,6 +12,7 @@ from speculens.errors import UserError
 from speculens.targets.attention import fold_attention
 from speculens.targets.base import Target
 from speculens.targets.processing import load_processor
+from speculens.targets.segments import join_segments
 
 
 def load_target(
@@ -69,6 +70,7 @@ def load_target(
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point()):
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
     fold_attention(model)
+    join_segments(model)
     return Target(model, load_processor(name, config, revision=revision))
 
 

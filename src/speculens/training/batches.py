@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,11 @@ class Encoder:
         self._ends = torch.tensor(sorted(target.eos_token_ids), dtype=torch.long)
         self._dialogue = target.processor.chat_template is not None
         self.dtype, self._max_length = target.dtype, max_length
-        self.about = {"target": target.model.name_or_path, "dtype": str(self.dtype), "max_length": max_length}
+        self.about = {
+            "target": _full_name(target.model.name_or_path),
+            "dtype": str(self.dtype),
+            "max_length": max_length,
+        }
         self._pad = getattr(target.tokenizer, "pad_token_id", None) or 0
 
     def row(self, conversation: Conversation) -> Row:
@@ -146,6 +151,11 @@ class Encoder:
             ends = torch.isin(ids[start:stop], self._ends).nonzero()
             mask[start : start + int(ends[0]) + 1 if len(ends) else stop] = True
         return mask
+
+
+def _full_name(name: str) -> str:
+    """The same from wherever a folder is named; a hub id is itself."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 class _Spans:

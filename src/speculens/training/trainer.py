@@ -15,9 +15,9 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +426,9 @@ def _optimizer(drafter: torch.nn.Module, recipe: Optimiser) -> torch.optim.AdamW
 def _versions() -> dict[str, str]:
     """What made this drafter: versions, and the commit of this package where it stands in a repository."""
     found = {"python": platform.python_version()}
-    found |= {name: version(name) for name in ("speculens", "torch", "transformers")}
+    for name in ("speculens", "torch", "transformers"):
+        with suppress(PackageNotFoundError):  # this package may run from its sources
+            found[name] = version(name)
     here = Path(__file__).parent
     try:  # asked for this folder, so that the repository around an installed copy does not answer
         git = ["git", "-C", str(here), "log", "-1", "--format=%H", "--", "."]

@@ -1,0 +1,63 @@
+"""Attention of a vision tower over the segments of all pictures at once.
+
+Towers that take pictures of any size lay their patches end to end and attend within segments: a picture, or a window of
+one. Without a flash-attention package, transformers calls attention once a segment, in every layer: thousands of small
+calls for a batch of pictures. Segments of one length can share a call. It is registered under a name of its own and
+chosen for towers of that kind that would use sdpa.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+# transformers hands out the bounds of segments only to attention whose name holds "flash".
+NAME = "speculens_segments_as_flash"
+
+
+def segmented_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend with query, key and value (1, heads, T, D) within segments -> (1, T, heads, D).
+
+    cu_seq_lens_q  (S + 1,) bounds of the segments
+    """
+    starts = cu_seq_lens_q[:-1].long()
+    lengths = cu_seq_lens_q.diff().long()
+    mixed = torch.empty_like(query[0])
+    for length in lengths.unique().tolist():
+        rows = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)
+        parts = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))  # (segments, heads, length, D)
+        mixed[:, rows] = F.scaled_dot_product_attention(*parts, scale=scaling).transpose(0, 1)
+    return mixed.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(NAME, segmented_attention)
+
+
+def join_segments(model: PreTrainedModel) -> None:
+    """Let the vision towers of a model use it, where they attend within segments by sdpa."""
+    for tower in model.modules():
+        if isinstance(tower, PreTrainedModel) and _attends_in_segments(tower):
+            # Set where it is kept: the public way takes the name for a package that must be installed.
+            tower.config._attn_implementation_internal = NAME  # noqa: SLF001
+
+
+def _attends_in_segments(tower: PreTrainedModel) -> bool:
+    layers = getattr(tower, "blocks", None)
+    if not layers or tower.config._attn_implementation != "sdpa":  # noqa: SLF001 - there is no public name for it
+        return False
+    attention = getattr(layers[0], "attn", None)
+    return "cu_seqlens" in inspect.signature(type(attention).forward).parameters if attention is not None else False

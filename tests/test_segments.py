@@ -1,0 +1,52 @@
+"""A vision tower's attention over all segments at once equals its own, segment by segment."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import tiny
+from speculens.targets import Target
+from speculens.targets.segments import NAME, join_segments, segmented_attention
+
+SEGMENTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def towers(model):
+    return [one for one in model.modules() if getattr(getattr(one, "config", None), "_attn_implementation", "") == NAME]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pictures_are_seen_as_before(family):
+    model = copy.deepcopy(tiny.model(family, torch.float64))
+    target = Target(model, tiny.processor(family))
+    prompt = target.encode(tiny.conversation(family, images=2))
+    before = target.at_the_door(prompt.inputs, None)["inputs_embeds"]
+    join_segments(model)
+    assert bool(towers(model)) == (family in SEGMENTED)
+    torch.testing.assert_close(target.at_the_door(prompt.inputs, None)["inputs_embeds"], before, rtol=0, atol=1e-12)
+
+
+def test_rows_see_their_own_segment_alone():
+    """Of lengths 3, 5, 3: each segment by itself gives the same, in its own place."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 11, 4, dtype=torch.float64)
+    bounds = [0, 3, 8, 11]
+    mixed, _ = segmented_attention(
+        torch.nn.Identity(), query, key, value, None, torch.tensor(bounds, dtype=torch.int32)
+    )
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        parts = (states[:, :, start:end] for states in (query, key, value))
+        alone = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+        torch.testing.assert_close(mixed[:, start:end], alone)
+
+
+def test_another_attention_is_left_alone():
+    model = copy.deepcopy(tiny.model("qwen2_5_vl", torch.float64))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "eager"
+    join_segments(model)
+    assert not towers(model)
