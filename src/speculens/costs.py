@@ -17,7 +17,7 @@ from typing import Any
 
 from speculens.tree import TreeShape
 
-TIMINGS = 3  # a shape's first steps at a scale: the first one is slower than all later ones and does not count
+TIMINGS = 4  # a shape's first steps at a scale: the first one is slower than all later ones and does not count
 DRIFT, PACE = 0.05, 0.2  # shares of a new timing in a shape's own cost, and in what all of them have in common
 
 # slots and columns, each as the exponent of its bucket
