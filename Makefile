@@ -28,7 +28,7 @@ define make_venv
 }
 endef
 
-.PHONY: help demo test lint format docs test-newest clean
+.PHONY: help demo test test-browser lint format docs test-newest clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,12 @@ demo: $(VENV)/.installed ## describe a picture with and without a drafter, side 
 
 test: $(VENV)/.installed ## run the tests
 	@$(PYTEST) "$(BIN)/python" -m pytest -n $(JOBS) --durations=15 $(ARGS)
+
+# Apart from `test`: it needs a browser. Without one the tests are skipped, and say what to install.
+test-browser: $(VENV)/.installed ## test the page of the server in headless Chromium
+	@"$(BIN)/python" -c 'import selenium' 2>/dev/null || \
+		"$(BIN)/python" $(PIP_INSTALL) --constraint constraints-cpu.txt --editable '.[dev,browser]'
+	@$(PYTEST) "$(BIN)/python" -m pytest tests/browser $(ARGS)
 
 lint: $(VENV)/.installed ## check rules, format and types
 	@"$(BIN)/ruff" check .

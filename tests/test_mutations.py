@@ -8,15 +8,21 @@ import torch
 from hypothesis import Phase, given, settings
 
 import laws
+import test_grow
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
-from speculens import sampling
+from speculens import attention, sampling
+from speculens import engine as engine_module
 from speculens.cache import SlotCache
+from speculens.capture import Recorder
 from speculens.drafters import NoDrafter
+from speculens.drafters.session import HeadSession
 from speculens.engine import Engine
+from speculens.loop import Loop
 from speculens.sampling import Sampling
-from speculens.targets import Target, TargetSession, base
+from speculens.targets import Target, TargetSession
 from speculens.tree import DraftTree
+from test_capture import WIDE, Replica, guesser
 from trees import assert_walks, trees_and_wants
 
 LENGTH = 20
@@ -57,6 +63,28 @@ def same_with_any_drafter() -> None:
         compare(one.tokens, other.tokens)
 
 
+def replayed() -> None:
+    """Steps as graphs would run them, with rows of padding, beside a prompt that is filled in piece by piece."""
+    asks = [Ask(), Ask(seed=2), Ask(images=2, seed=1), Ask(images=3, turns=3, seed=3)]
+    engine = Engine(target("llava"), guesser("eaglevlm", "llava"), slots=4, capacity=300, shape=WIDE, prefill_chunk=6)
+    engine._recorder = Replica(engine)
+    law = Sampling(max_new_tokens=LENGTH)
+    slots = [engine.admit(prompt("llava", ask), law).slot for ask in asks[:3]]
+    slots.append(engine.submit(prompt("llava", asks[3]), law))
+    while engine.running or engine.pending:
+        engine.step()
+    for ask, slot in zip(asks, slots, strict=True):
+        compare(slot.tokens, reference("llava", ask, law))
+
+
+def same_drafts() -> None:
+    """What was accepted leaves the drafter as if it had read the whole text at once."""
+    try:
+        test_grow.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("llava")
+    except AssertionError as error:
+        raise NotExactError from error
+
+
 def plain_walk() -> None:
     """Trees of few tokens: under a wrong parent, too, a node often agrees with its parent's want."""
     settings(phases=[Phase.generate])(given(trees_and_wants())(lambda pair: assert_walks(*pair)))()
@@ -83,36 +111,36 @@ def change(owner: object, name: str) -> Callable:
     return decorate
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def siblings_see_each_other(right, lengths, ancestors, columns, *window: object):
     above = ancestors & ~torch.eye(ancestors.shape[1], dtype=torch.bool)
     siblings = (above[:, :, None] == above[:, None]).all(-1)
     return right(lengths, ancestors | siblings, columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def all_nodes_see_each_other(right, lengths, ancestors, columns, *window: object):
     return right(lengths, torch.ones_like(ancestors), columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_newest_row_of_the_prefix_is_hidden(right, lengths, ancestors, columns, *window: object):
     newest = torch.arange(columns) == lengths[:, None] - 1
     return right(lengths, ancestors, columns, *window) & ~newest[:, None]
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_mask_begins_one_column_early(right, lengths, ancestors, columns, *window: object):
     return right(lengths - 1, ancestors, columns, *window)
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def a_slot_sees_its_longer_neighbours_columns(right, lengths, ancestors, columns, *window: object):
     stale = torch.arange(columns) >= lengths[:, None] + ancestors.shape[1]
     return right(lengths, ancestors, columns, *window) | stale[:, None]
 
 
-@change(base, "tree_mask")
+@change(attention, "tree_mask")
 def the_sliding_window_is_forgotten(right, lengths, ancestors, columns, *_window: object):
     return right(lengths, ancestors, columns)
 
@@ -227,6 +255,33 @@ def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, engine, slot, t
     return [*before, *emitted], text
 
 
+@change(Loop, "step")
+def rows_of_padding_advance(right, loop, *args: object):
+    loop.front.live.fill_(True)
+    return right(loop, *args)
+
+
+@change(engine_module, "column_bucket")
+def a_bucket_is_too_small_for_its_rows(_right, _columns, _most):
+    return 32
+
+
+@change(Recorder, "_restore")
+def recording_leaves_its_traces(_right, _recorder, _kept): ...
+
+
+@change(SlotCache, "commit")
+def pieces_of_a_prompt_are_committed_too_late(right, cache, counts):
+    right(cache, counts)
+    if cache._filling and cache._high > 10:
+        cache.lengths[cache.running] -= 2
+
+
+@change(HeadSession, "observe")
+def what_was_not_accepted_is_remembered(right, session, hidden, tokens, counts):
+    right(session, hidden, tokens, torch.full_like(counts, tokens.shape[1]))
+
+
 def only_one_end_id_is_known(patch: pytest.MonkeyPatch) -> None:
     known = Target.eos_token_ids.fget
     patch.setattr(Target, "eos_token_ids", property(lambda target: frozenset(sorted(known(target))[:1])))
@@ -278,6 +333,16 @@ MUTANTS = [
         Mutant(apply, plain_walk)
         for apply in (the_walk_ignores_ancestors, padding_is_accepted, the_walk_accepts_one_too_many)
     ),
+    *(
+        Mutant(apply, replayed)
+        for apply in (
+            rows_of_padding_advance,
+            a_bucket_is_too_small_for_its_rows,
+            recording_leaves_its_traces,
+            pieces_of_a_prompt_are_committed_too_late,
+        )
+    ),
+    Mutant(what_was_not_accepted_is_remembered, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),
     Mutant(noise_does_not_depend_on_the_seed, pair_law),
     Mutant(noise_depends_on_the_tree, same_with_any_drafter),

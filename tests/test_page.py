@@ -11,7 +11,8 @@ from PIL import Image
 import tiny
 from speculens.answer import Answer, Entry, Run
 from speculens.engine import Generation
-from speculens.page import LONGEST_SIDE, Card, Section, data_uri, render
+from speculens.html import LONGEST_SIDE, data_uri
+from speculens.page import Card, Section, render
 from speculens.show import HEADINGS
 from speculens.stats import Stats
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,10 +35,8 @@ def test_rows_see_their_own_segment_alone():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 11, 4, dtype=torch.float64)
     bounds = [0, 3, 8, 11]
-    mixed, _ = segmented_attention(
-        torch.nn.Identity(), query, key, value, None, torch.tensor(bounds, dtype=torch.int32)
-    )
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    mixed, _ = segmented_attention(torch.nn.Identity(), query, key, value, cu_seq_lens_q=torch.tensor(bounds))
+    for start, end in pairwise(bounds):
         parts = (states[:, :, start:end] for states in (query, key, value))
         alone = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
         torch.testing.assert_close(mixed[:, start:end], alone)

@@ -51,20 +51,24 @@ class Answer:
 
 
 def ask(engine: Engine, prompt: Prompt, sampling: Sampling, on_run: Callable[[Run], None] | None = None) -> Answer:
-    """Decode one prompt to its end; `on_run` sees each run as it comes."""
+    """Decode one prompt to its end; `on_run` sees each run as it comes. Without it nothing but decoding is timed."""
     words = TextStream(engine.target.tokenizer)
-    runs: list[Run] = []
+    seen: list[Run] = []
     times: list[float] = []
+    steps: list[Step] = []
     begun = time.perf_counter()
     for step in engine.stream(prompt, sampling):
         times.append(time.perf_counter() - begun)
-        slot = step.slot
-        for run in _runs(words, step):
-            runs.append(run)
-            if on_run:
+        steps.append(step)
+        if on_run:
+            for run in runs(words, step):
+                seen.append(run)
                 on_run(run)
+    slot = steps[-1].slot
     done = Generation(slot.tokens, slot.text, slot.finish_reason or "", slot.stats)
-    return Answer(done, tuple(runs), times[-1], times[0])
+    if not on_run:
+        seen = [run for step in steps for run in runs(words, step)]
+    return Answer(done, tuple(seen), times[-1], times[0])
 
 
 def warm_up(engines: Iterable[Engine], prompt: Prompt, sampling: Sampling) -> None:
@@ -73,8 +77,8 @@ def warm_up(engines: Iterable[Engine], prompt: Prompt, sampling: Sampling) -> No
         ask(engine, prompt, replace(sampling, max_new_tokens=min(8, sampling.max_new_tokens)))
 
 
-def _runs(words: TextStream, step: Step) -> list[Run]:
-    """At most two: what was drafted and kept, then the target's own."""
+def runs(words: TextStream, step: Step) -> list[Run]:
+    """At most two: what was drafted and kept, then the target's own. `words` has seen the steps before this one."""
     pieces = [words.push(token)[0] for token in step.tokens]
     parts = ("".join(pieces[: step.accepted]), True), ("".join(pieces[step.accepted :]), False)
     return [Run(text, drafted) for text, drafted in parts if text]

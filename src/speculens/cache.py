@@ -47,6 +47,8 @@ class SlotCache:
         self._filling = False
         self.extents = [0] * slots
         self.lengths = torch.zeros(slots, dtype=torch.long, device=devices[0])
+        self._offsets = torch.arange(capacity, device=devices[0])
+        self._starts = torch.arange(slots, device=devices[0]) * capacity
         # One block per device holds the keys and values of all its layers: keep() is then two kernels, not 4 per layer.
         self._blocks: dict[torch.device, Tensor] = {}
         self._place: list[tuple[torch.device, int]] = []
@@ -118,13 +120,18 @@ class SlotCache:
         if self._columns > self.capacity:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
         self._high = max(self._high, self._columns)
-        base = torch.arange(rows.start, rows.stop, device=self.lengths.device) * self.capacity
-        base = base + self.lengths[rows.start : rows.stop] + start
-        self._index = (base[:, None] + torch.arange(width, device=base.device)).flatten()
+        index = self._ends(rows)[:, None] + self._offsets[start : start + width]
+        self._index = index.flatten()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
-        return self._put(layer, 0, keys), self._put(layer, 1, values)
+        self._put(layer, 0, keys)
+        self._put(layer, 1, values)
+        return self.views(layer)
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the aimed rows, (B, heads, columns, head_dim) each: the cache's own memory."""
+        return self._view(layer, 0), self._view(layer, 1)
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Commit the accepted path of every running slot, in place.
@@ -133,9 +140,8 @@ class SlotCache:
         counts  (B,) how many
         """
         batch, width = path.shape
-        base = torch.arange(batch, device=path.device)[:, None] * self.capacity + self.lengths[:batch, None]
-        source = (base + path).flatten()
-        target = (base + torch.arange(width, device=path.device)).flatten()
+        ends = self._ends(range(batch))[:, None]
+        source, target = (ends + path).flatten(), (ends + self._offsets[:width]).flatten()
         for device, block in self._blocks.items():
             # The right-hand side is gathered before anything is written, so overlapping moves are safe.
             block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
@@ -158,6 +164,10 @@ class SlotCache:
             self._move(self.running, last)
         self._wipe(last + self._filling)
         self.running = last
+
+    def _ends(self, rows: range) -> Tensor:
+        """Where the next column of each row stands in a block."""
+        return self._starts[rows.start : rows.stop] + self.lengths[rows.start : rows.stop]
 
     def _open(self) -> int:
         if self.running + self._filling == self.slots:
@@ -187,7 +197,7 @@ class SlotCache:
         """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
         return Cache(layers=[_Layer(self, layer) for layer in range(len(self._place))])
 
-    def _put(self, layer: int, which: int, states: Tensor) -> Tensor:
+    def _put(self, layer: int, which: int, states: Tensor) -> None:
         if states.shape[1] != self.heads or states.shape[3] != self.head_dim:
             raise RuntimeError(
                 f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, "
@@ -196,7 +206,10 @@ class SlotCache:
         device, first = self._place[layer]
         flat = self._blocks[device][first + which]
         flat.index_copy_(0, self._index.to(device), states.transpose(1, 2).reshape(-1, flat.shape[1]))
-        slots = flat.view(self.slots, self.capacity, self.heads, self.head_dim)
+
+    def _view(self, layer: int, which: int) -> Tensor:
+        device, first = self._place[layer]
+        slots = self._blocks[device][first + which].view(self.slots, self.capacity, self.heads, self.head_dim)
         return slots[self._rows.start : self._rows.stop, : self._columns].transpose(1, 2)
 
 

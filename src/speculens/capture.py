@@ -38,7 +38,9 @@ class Recorder(Generic[Key, Result]):
         self.on = bool(state) and all(part.is_cuda for part in self._state)
         self.captures = self.replays = 0
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Result]] = {}
+        # One pool, because graphs run one after another; one stream, because libraries keep workspaces for each.
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
+        self._side = torch.cuda.Stream(self._state[0].device) if self.on else None
 
     def __contains__(self, key: object) -> bool:
         return key in self._graphs
@@ -69,8 +71,8 @@ class Recorder(Generic[Key, Result]):
         return result
 
     def _record(self, key: Key, kept: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Result]:
-        device = kept[0].device
-        side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side, main = self._side, torch.cuda.current_stream(kept[0].device)
+        assert side is not None  # noqa: S101 - for the type checker: nothing is recorded while this is off
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):

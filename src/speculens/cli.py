@@ -9,7 +9,7 @@ import json as jsons
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from speculens.data.respond import Asking
     from speculens.drafters import Drafter
     from speculens.targets import Target
-    from speculens.tree import TreeShape
 
 app = typer.Typer(
     add_completion=False,
@@ -65,10 +64,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a target on the hub.")]
 IMAGE_ROOT_HELP = "Where relative picture paths start; default: the folder of the file that names them."
 DRAFTER_HELP = "Folder or hub id of a drafter, `lookup` or `none`."
-TREE, SAMPLING, MODEL = "The draft tree (default: sized at each step)", "Sampling", "The model"
+TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
 Numbers = Annotated[Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)]
+NumSteps = Annotated[
+    int | None, typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE)
+]
+TopK = Annotated[int | None, typer.Option("--topk", help="Children per node, and the beam.", rich_help_panel=TREE)]
+NumDraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-draft-tokens",
+        "--total-token",
+        help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
+        rich_help_panel=TREE,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
+SampleTopK = Annotated[int, typer.Option("--top-k", help="0 is off.", rich_help_panel=SAMPLING)]
+SampleTopP = Annotated[float, typer.Option("--top-p", rich_help_panel=SAMPLING)]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=MODEL)
 ]
@@ -146,24 +162,13 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     compare: Annotated[bool, typer.Option("--compare", help="Run the target alone beside it and show both.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the answer as an HTML page.")] = None,
     json: Json = False,
-    num_steps: Annotated[
-        int | None,
-        typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE),
-    ] = None,
-    topk: Annotated[int | None, typer.Option(help="Children per node, and the beam.", rich_help_panel=TREE)] = None,
-    num_draft_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--num-draft-tokens",
-            "--total-token",
-            help="Nodes scored in a pass; counts the root, as EAGLE and SGLang do and vLLM does not.",
-            rich_help_panel=TREE,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(rich_help_panel=SAMPLING)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: SampleTopK = 0,
+    top_p: SampleTopP = 1.0,
     min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
@@ -183,6 +188,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     if compare and drafter == "none":
         raise UserError("--compare sets a drafter beside none: name one with --drafter.")
     from speculens.answer import Entry, ask, warm_up
+    from speculens.drafters.base import reshaped
     from speculens.engine import Engine
     from speculens.sampling import Sampling
     from speculens.show import Screen, closing
@@ -200,7 +206,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     )
     conversation = _conversation(question, image or [], system)
     model, guesser = _load(target, drafter, dtype, device, device_map, revision)
-    shape = _shape(guesser, {"num_steps": num_steps, "topk": topk, "num_draft_tokens": num_draft_tokens})
+    shape = reshaped(guesser, _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens))
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
     engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto")
@@ -260,19 +266,9 @@ def _usable(device: str | None) -> str | None:
     return device
 
 
-def _shape(drafter: Drafter, wanted: dict[str, int | None]) -> TreeShape | None:
-    """The drafter's own tree with what was asked for; None if nothing was."""
-    from speculens.tree import TreeShape
-
-    changes = {name: value for name, value in wanted.items() if value is not None}
-    if not changes:
-        return None
-    own = drafter.describe()["tree"]
-    if "num_steps" not in own:
-        raise UserError(
-            f"The drafter {drafter.name} grows no tree: leave out --{next(iter(changes)).replace('_', '-')}."
-        )
-    return TreeShape(**{**own, **changes})
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were set."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _write_page(
@@ -506,7 +502,7 @@ def _asking(config: Path | None, suffix: str | None, options: dict[str, Any]) ->
     from speculens.data.respond import PLACE, Asking
     from speculens.training.config import load
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _given(**options)
     if suffix is not None:
         given["templates"] = (f"{PLACE} {suffix}",)
     return replace(load(Asking, config) if config else Asking(), **given)
@@ -551,6 +547,107 @@ def train(
     screen.say(f"The drafter is in {made}.")
     if json:
         _print_json({"event": "drafter", "path": str(made), "versions": _versions()})
+
+
+@app.command()
+def bench(  # noqa: PLR0913, PLR0917 - a flag each
+    target: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model.")],
+    suite: Annotated[str, typer.Option(help="Name of a suite, see docs/benchmarks.md.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run.")],
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{DRAFTER_HELP[:-1]}, `hf`, `hf:lookup`, `hf:assistant=TARGET`; one or several."),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[DRAFTER]...", help="Further drafters.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Where the suite's data is; may be repeated.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first cases of the suite.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Questions to ask of each conversation; default all.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json: Json = False,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: SampleTopK = 0,
+    top_p: SampleTopP = 1.0,
+    seed: Annotated[int, typer.Option(help="Each question's own is made from it.", rich_help_panel=SAMPLING)] = 0,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
+    revision: Revision = None,
+) -> None:
+    """Measure drafters beside `none` on a suite of questions, and whether their answers are the target's own."""
+    from speculens.bench import peers
+    from speculens.bench.figures import conclude
+    from speculens.bench.measure import Bench
+    from speculens.bench.record import NONE, RunFolder
+    from speculens.bench.suites import load_suite
+    from speculens.checkpoints import load_drafter
+    from speculens.data.respond import Asking
+    from speculens.drafters.base import reshaped
+    from speculens.show import Screen
+
+    asking = Asking(
+        turns=turns, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+    )
+    cases = load_suite(suite, data or [], image_root)[:limit]
+    model, _ = _load(target, "none", dtype, device, device_map, revision)
+    ours, others = peers.split([*(drafter or []), *(more or [])])
+    drafters = {
+        name: load_drafter(name, dtype=model.dtype, device=model.device, target=model) for name in ours if name != NONE
+    }
+    wanted = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
+    shapes = {name: shape for name, guesser in drafters.items() if (shape := reshaped(guesser, wanted))}
+    measured = Bench(
+        model,
+        drafters,
+        cases,
+        asking,
+        shapes=shapes,
+        others=[peers.load_peer(name, model, temperature) for name in others],
+        capacity=max_model_len,
+    )
+    folder = RunFolder(out, measured.setting(target=target, revision=revision, suite=suite), resume=resume)
+    screen = Screen(quiet=json)
+    with screen.progress("cases") as tell:
+        measured.run(folder, lambda at: tell(at.done, at.total, _lengths(at.lengths)))
+    summary = conclude(folder, measured.errors)
+    if not summary["questions"]:
+        raise UserError(f"Nothing could be measured: {next(iter(measured.errors.values()), 'the suite is empty.')}")
+    screen.measured(summary)
+    screen.aside(f"Records and figures: {out}. A page of them: speculens report {out}")
+    if json:
+        _print_json({"run": str(out), **summary, "versions": _versions()})
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `bench` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the first run.")] = None,
+    json: Json = False,
+) -> None:
+    """Draw what `bench` measured: one page that needs nothing else, and its plots as PNG."""
+    from speculens.bench.report import read_run, write_report
+    from speculens.show import Screen
+
+    page, *pictures = write_report([read_run(run) for run in runs], out or runs[0] / "report.html")
+    Screen(quiet=json).say(
+        f"The page: {page}; the plots: {pictures[0].parent if len(runs) == 1 else page.parent / 'plots'}"
+    )
+    if json:
+        _print_json({"page": str(page), "plots": [str(file) for file in pictures]})
+
+
+def _lengths(lengths: Mapping[str, float]) -> str:
+    from speculens.bench.tables import labels
+
+    names = labels(list(lengths))
+    return "  ".join(f"{names[name]} {length:.2f}" for name, length in lengths.items())
 
 
 @app.command()
@@ -623,6 +720,110 @@ def trim(
 def _empty(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another folder.")
+
+
+@app.command()
+def serve(  # noqa: PLR0913, PLR0917 - a flag each
+    target: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
+    drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP + " Default `none`.")] = None,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="The same as vLLM writes it: `method`, `model`, `num_speculative_tokens`."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call it; default: the target.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SPECULENS_API_KEY", show_envvar=True, help="Ask every client for this key.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that are decoded side by side.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are told 429.")] = 32,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds; then an answer is cut.")] = 600.0,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds for what runs, after SIGTERM.")] = 30.0,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch pictures from public http(s) addresses.")
+    ] = False,
+    max_images: Annotated[int, typer.Option(min=0, help="Pictures in one request.")] = 8,
+    max_image_mb: Annotated[float, typer.Option(min=0.01, help="Size of one picture, in MiB.")] = 20.0,
+    max_image_mp: Annotated[float, typer.Option(min=0.01, help="Pixels of one picture, in millions.")] = 40.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.01, help="Size of one request, in MiB.")] = 32.0,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="No second engine without the drafter, which the page compares to.")
+    ] = False,
+    num_steps: NumSteps = None,
+    topk: TopK = None,
+    num_draft_tokens: NumDraftTokens = None,
+    dtype: Numbers = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_model_len: MaxModelLen = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Answer any OpenAI client over HTTP."""
+    from speculens.server.settings import Limits, Model, Settings
+
+    try:
+        from speculens.server.run import serve as run
+    except ImportError as error:
+        raise UserError(f"The server needs {error.name}: pip install 'speculens[serve]'.") from None
+    method, tokens = _speculation(speculative_config, drafter)
+    tree = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens or tokens)
+    model = Model(
+        target=target,
+        drafter=method,
+        tree=tree,
+        dtype=dtype.value,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        length=max_model_len,
+        slots=max_num_seqs,
+        baseline=not no_baseline,
+    )
+    limits = Limits(
+        queue=max_queue,
+        request_seconds=request_timeout,
+        drain_seconds=drain_timeout,
+        remote_images=allow_remote_images,
+        images=max_images,
+        image_bytes=int(max_image_mb * 2**20),
+        image_pixels=int(max_image_mp * 1e6),
+        body_bytes=int(max_body_mb * 2**20),
+    )
+    name = served_model_name or target
+    settings = Settings(model, limits, name, host, port, api_key or None)
+
+    def ready(address: str) -> None:
+        if json:
+            _print_json({"url": address, "model": name, "drafter": method, "versions": _versions()})
+        else:
+            typer.echo(f"{name} with drafter {method} answers at {address} (Ctrl-C ends it).")
+        sys.stdout.flush()
+
+    run(settings, ready)
+
+
+def _speculation(config: str | None, drafter: str | None) -> tuple[str, int | None]:
+    """The drafter and the nodes of its tree, from vLLM's JSON or from the name alone."""
+    if config is None:
+        return drafter or "none", None
+    if drafter is not None:
+        raise UserError("--drafter and --speculative-config say the same: give one of them.")
+    try:
+        asked = jsons.loads(config)
+    except ValueError as error:
+        raise UserError(f"--speculative-config is not JSON: {error}.") from None
+    known = ("method", "model", "num_speculative_tokens")
+    if not isinstance(asked, dict) or set(asked) - set(known):
+        raise UserError(f"--speculative-config is a JSON object of {', '.join(known)}.")
+    method, model, tokens = (asked.get(key) for key in known)
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise UserError(f"num_speculative_tokens must be a whole number from 1 on, not {tokens!r}.")
+    name = {"ngram": "lookup", "lookup": "lookup", "none": "none"}.get(str(method), model)
+    if not isinstance(name, str):
+        raise UserError("--speculative-config names no drafter: give a `model`, or the method `ngram`.")
+    return name, None if tokens is None else tokens + 1  # vLLM does not count the root
 
 
 @app.command()

@@ -127,7 +127,7 @@ def _read(source: str | Path | bytes, max_bytes: int, timeout: float) -> tuple[b
         if scheme.startswith(("http://", "https://")):
             return _download(source, max_bytes, timeout), _short(source)
         if scheme.startswith("data:"):
-            return _decode_uri(source), _short(source)
+            return decode_data_uri(source), _short(source)
     if isinstance(source, (str, Path)):
         return _read_file(source, max_bytes), _short(str(source))
     raise UserError(f"A picture must be a path, a URL, bytes or a PIL image, not {_kind(source)}.")
@@ -148,7 +148,8 @@ def _read_file(path: str | Path, max_bytes: int) -> bytes:
         _refuse(name, f"it cannot be read ({_reason(error)})", error)
 
 
-def _decode_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str) -> bytes:
+    """What a data URI holds, base64 or percent-encoded. Raises UserError if it is malformed."""
     header, comma, payload = uri.partition(",")
     if not comma:
         _refuse(_short(uri), "the data URI has no comma before its data")

@@ -23,9 +23,9 @@ from speculens.costs import Costs, Store
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.loop import Bucket, Corrected, Loop
+from speculens.loop import Bucket, Corrected, Loop, Outcome
 from speculens.plan import NO_DRAFT, Pinned, Plan, Planner, ladder
-from speculens.sampling import Laws, Needs, Sampling, choose, correct
+from speculens.sampling import Laws, Logprob, Needs, Sampling, choose, correct, likelihoods
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
@@ -69,6 +69,7 @@ class Step:
     text      newly released text
     accepted  how many of the tokens were drafted (the others are the target's bonus, or the prefill's)
     tree      the draft tree of this slot, (1, N); None at the prefill
+    logprobs  of each emitted token, if the slot's sampling asks for them
     """
 
     slot: Slot
@@ -76,6 +77,7 @@ class Step:
     text: str
     accepted: int
     tree: DraftTree | None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,14 +233,16 @@ class Engine:
 
     def _advance(self, slots: Sequence[Slot]) -> list[Step]:
         begun = time.perf_counter()
-        tree, table = self._round(slots)
+        outcome, table = self._round(slots)
+        tree, along = outcome.tree, outcome.along
         steps = []
         accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
         for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
             emitted, text = self._emit(slot, chosen)
             drafted = min(len(emitted), len(chosen) - 1)
             slot.stats.add_pass(len(emitted), drafted, int(tree.size) - 1)
-            steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1))))
+            known = () if along is None else likelihoods(along[row], slot.sampling, emitted)
+            steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1)), known))
         self._target.settle([len(chosen) for chosen in accepted])
         self._drafter.settle(accepted)
         self._leave()
@@ -320,7 +324,7 @@ class Engine:
         """Let a prompt that the target has taken in run: its first token."""
         row = len(self._running)
         try:
-            first = self._first(slot, logits, features.tokens[:, -1])
+            first, logits = self._first(slot, logits, features.tokens[:, -1])
             slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
             if begun := self._drafter.begin(features, first):
                 slot.stats.add_view(begun.rows, begun.notes)
@@ -331,9 +335,9 @@ class Engine:
         self._running.append(slot)
         emitted, text = self._emit(slot, first.tolist())
         self._leave()
-        return Step(slot, emitted, text, 0, None)
+        return Step(slot, emitted, text, 0, None, likelihoods(logits[0], slot.sampling, emitted))
 
-    def _round(self, slots: Sequence[Slot]) -> tuple[DraftTree, list[list[int]]]:
+    def _round(self, slots: Sequence[Slot]) -> tuple[Outcome, list[list[int]]]:
         """The step on the device, replayed where that is possible, and its one host read."""
         bucket = self._bucket(slots)
         self._put_off = (0 if bucket.catch_up else self._put_off) + (not bucket.drafts)
@@ -341,10 +345,11 @@ class Engine:
         if corrected is None and self._recorder.ready(bucket):
             with self._clock("step", slots):
                 outcome = self._recorder.replay(bucket)
-                return outcome.tree.clone(), outcome.table.tolist()
+                # The next replay writes over it, and a tree goes out to whoever asked.
+                return replace(outcome, tree=outcome.tree.clone()), outcome.table.tolist()
         outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)
         with self._clock("choose", slots):
-            return outcome.tree, outcome.table.tolist()
+            return outcome, outcome.table.tolist()
 
     def _bucket(self, slots: Sequence[Slot]) -> Bucket:
         """What the next step looks like. The tree's shape is decided here and nowhere else."""
@@ -379,12 +384,13 @@ class Engine:
             "torch": torch.__version__,
         }
 
-    def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> Tensor:
-        """The token (1,) after the prompt, whose last is `root` (1,)."""
+    def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """The token (1,) after the prompt, whose last is `root` (1,), and the corrected logits it is chosen from."""
         tree, sampling = DraftTree.root(root), slot.sampling
         if corrected := self._correction([slot]):
             logits = corrected(logits, tree)
-        return choose(logits, tree, Laws.of([sampling], root.device), Needs.of([sampling]), torch.zeros_like(root))[0]
+        laws, needs = Laws.of([sampling], root.device), Needs.of([sampling])
+        return choose(logits, tree, laws, needs, torch.zeros_like(root))[0], logits
 
     def _correction(self, slots: Sequence[Slot]) -> Corrected | None:
         """What the slots' own past does to their logits, if their settings ask for it."""

@@ -50,10 +50,12 @@ class Outcome:
 
     tree   as drafted
     table  (B, 1 + P) long: how many tokens a row accepted, 0 where it does not run, and the tokens, the first so many
+    along  (B, P, V) corrected logits that the tokens were chosen from; None unless a row asks how likely they were
     """
 
     tree: DraftTree
     table: Tensor
+    along: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,21 @@ class Loop:
             tokens = want.gather(1, path)
             self._target.keep(path, counts)
         with clock("observe"):
-            along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+            along = _along(hidden, path)
             if drafts:
                 self._drafter.observe(along, tokens, counts, bucket.horizon)
             else:
                 self.backlog.add(along, tokens, counts)
             front.advance(tokens, counts)
-            return Outcome(tree, torch.cat([counts[:, None], tokens], 1))
+        table = torch.cat([counts[:, None], tokens], 1)
+        return Outcome(tree, table, _along(logits, path) if bucket.needs.logprobs else None)
 
     def _catch_up(self, rows: slice, horizon: int) -> None:
         backlog = self.backlog
         self._drafter.observe(backlog.hidden[rows], backlog.tokens[rows], backlog.counts[rows], horizon)
         backlog.counts[rows] = 0
+
+
+def _along(values: Tensor, path: Tensor) -> Tensor:
+    """Values (B, N, W) of the nodes on a path (B, P): (B, P, W)."""
+    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))

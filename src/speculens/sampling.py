@@ -45,6 +45,7 @@ class Sampling:
     seed                  the same seed gives the same text, whatever the drafter
     stop                  stop strings: the text ends with the token that completes one
     ignore_eos            go on after end-of-sequence tokens (for measuring)
+    logprobs              report each emitted token's log-probability and those of so many likeliest; None reports none
     processors            further stateless Hugging Face logits processors, run node by node before the warpers
     """
 
@@ -58,6 +59,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
     processors: tuple[LogitsProcessor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class Sampling:
                 (not -(1 << 63) <= self.seed < 1 << 63, f"seed must fit in 64 bits, signed, not {self.seed}"),
                 (isinstance(self.stop, str), "stop must be several strings, not one: write (text,)"),
                 (any(not text for text in self.stop), "a stop string must not be empty"),
+                (self.logprobs is not None and self.logprobs < 0, f"logprobs must be 0 or more, not {self.logprobs}"),
             )
             if bad
         ]
@@ -104,18 +107,29 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """How likely an emitted token was, and the likeliest ones in its place: pairs of token and log-probability."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Needs:
     """Which work a batch of settings asks for, known to the host: the rest is left out of the pass.
 
     draws  some row samples
     top_k  room for the largest top_k of any row that samples, a power of two; 0 where none filters by it
     top_p, min_p  some row that samples filters by it
+    logprobs  some row wants to be told how likely its tokens were
     """
 
     draws: bool = False
     top_k: int = 0
     top_p: bool = False
     min_p: bool = False
+    logprobs: bool = False
 
     @staticmethod
     def of(samplings: Sequence[Sampling]) -> Needs:
@@ -127,6 +141,7 @@ class Needs:
             top_k=1 << (largest - 1).bit_length() if largest else 0,
             top_p=any(sampling.top_p < 1 for sampling in drawn),
             min_p=any(sampling.min_p > 0 for sampling in drawn),
+            logprobs=any(sampling.logprobs is not None for sampling in samplings),
         )
 
 
@@ -190,15 +205,19 @@ def choose(logits: Tensor, tree: DraftTree, laws: Laws, needs: Needs, position: 
     tree      the B trees; the token wanted at a node of depth d is output number `position + d`
     position  (B,) long, output number (from 0) of the token wanted at the root
     """
-    logits = logits.float()
+    logits = logits if logits.dtype in _EXACT_IN_FLOAT and not needs.draws else logits.float()
     if not needs.draws:
         return logits.argmax(-1)
     scores = warp(logits, laws, needs)
     # Nodes of one depth guess the same output position, so they share its noise.
     positions = position[:, None] + torch.arange(tree.levels + 1, device=logits.device)
     noise = gumbel(laws.seed[:, None], positions, logits.shape[-1]) * laws.draws[:, None, None]
-    depth = tree.depth[..., None].expand(-1, -1, logits.shape[-1])
-    return (scores + noise.gather(1, depth)).argmax(-1)
+    # Row by row: a batch of float64 scores over a large vocabulary would be gigabytes.
+    rows = zip(scores, noise, tree.depth, strict=True)
+    return torch.stack([(own + drawn[depth]).argmax(-1) for own, drawn, depth in rows])
+
+
+_EXACT_IN_FLOAT = (torch.float32, torch.bfloat16, torch.float16)  # the cast changes no order
 
 
 def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
@@ -219,6 +238,23 @@ def warp(scores: Tensor, laws: Laws, needs: Needs) -> Tensor:
         likely = scores.softmax(-1)
         scores = scores.masked_fill(likely < laws.min_p[:, None, None] * likely.amax(-1, keepdim=True), -torch.inf)
     return scores
+
+
+def likelihoods(logits: Tensor, sampling: Sampling, tokens: Sequence[int]) -> tuple[Logprob, ...]:
+    """Log-probabilities of one slot's emitted tokens under the distribution they were chosen from; none if not asked.
+
+    Greedy choices are measured by the softmax of the corrected logits.
+
+    logits  (n, V), n at least the number of tokens, corrected as for `choose`; row i is where token i was chosen
+    """
+    if sampling.logprobs is None:
+        return ()
+    laws, needs = Laws.of([sampling], logits.device), Needs.of([sampling])
+    scores = warp(logits[None, : len(tokens)].float(), laws, needs)[0].log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(sampling.logprobs, scores.shape[-1]))
+    rows = zip(tokens, chosen, ids.tolist(), values.tolist(), strict=True)
+    return tuple(Logprob(token, value, tuple(zip(top, tops, strict=True))) for token, value, top, tops in rows)
 
 
 def correct(logits: Tensor, tree: DraftTree, samplings: Sequence[Sampling], history: Sequence[Sequence[int]]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from speculens.answer import Answer, Entry, Run
+from speculens.bench import tables
 
+WIDE = 120  # columns of a file or a pipe, which has no width of its own
 DRAFTED = "green"  # the style of drafted tokens that the target kept
 # A model may say anything; escape sequences among it must not reach the terminal.
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
@@ -23,6 +26,8 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = Console(highlight=False, quiet=quiet)
+        if not self._out.is_terminal:
+            self._out.width = WIDE
         self._aside = Console(highlight=False, quiet=quiet, stderr=True)
         self.quiet = quiet
 
@@ -51,11 +56,27 @@ class Screen:
 
     def table(self, entries: Sequence[Entry]) -> None:
         """Drafters side by side."""
+        self._rows(HEADINGS, [cells(entry) for entry in entries])
+
+    def measured(self, summary: Mapping[str, Any]) -> None:
+        """What a run of `bench` came to: exactness before all else, then speed."""
+        self.say(tables.about(summary), "bold")
+        for line in (*tables.exactness(summary), *tables.failures(summary)):
+            self.say(line)
+        self._rows(tables.SPEED_HEADINGS, tables.speed_rows(summary))
+        self._rows(tables.PASS_HEADINGS, tables.pass_rows(summary))
+        if tables.has_peers(summary):
+            self.say(tables.OTHER_LOOP, "dim")
+        if len(summary["topics"]) > 1:
+            self._rows(tables.TOPIC_HEADINGS, tables.topic_rows(summary), left=2)
+
+    def _rows(self, headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+        """A table; so many of its first columns are words."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for number, heading in enumerate(HEADINGS):
-            table.add_column(heading.replace(" ", "\n", 1), justify="right" if number else "left")
-        for entry in entries:
-            table.add_row(*cells(entry))
+        for number, heading in enumerate(headings):
+            table.add_column(heading.replace(" ", "\n", 1), justify="left" if number < left else "right")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
         self._out.print()
         self._out.print(table)
 
@@ -70,21 +91,22 @@ class Screen:
             )
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar on standard error, where that is a terminal; it is told how many are done and how many there are."""
+    def progress(self, what: str) -> Iterator[Callable[..., None]]:
+        """A bar on standard error, where that is a terminal; it is told how many are done, of how many, and a note."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[note]}"),
         )
         silent = self.quiet or not self._aside.is_terminal
         with Progress(*columns, TimeRemainingColumn(), console=self._aside, disable=silent) as bar:
-            task = bar.add_task(what, total=None, rate="")
+            task = bar.add_task(what, total=None, rate="", note="")
 
-            def tell(done: int, total: int) -> None:
+            def tell(done: int, total: int, note: str = "") -> None:
                 speed = bar.tasks[0].speed
-                bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+                bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "", note=note)
 
             yield tell
 

@@ -91,6 +91,13 @@ class DraftTree:
         live = torch.ones_like(tokens, dtype=torch.bool)
         return DraftTree(tokens, zeros, zeros, live, live[:, None], 0)
 
+    @staticmethod
+    def chain(tokens: Tensor) -> DraftTree:
+        """One line of tokens (B, N), the first of them the root."""
+        nodes = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        live = torch.ones_like(tokens, dtype=torch.bool)
+        return DraftTree.build(tokens, (nodes - 1).clamp(min=0), nodes, live, tokens.shape[1] - 1)
+
     @property
     def size(self) -> int:
         """Nodes per slot, the root and padding included."""
@@ -120,7 +127,7 @@ class DraftTree:
         agrees = (self.tokens == want.gather(1, self.parents)) & self.live
         agrees[:, 0].fill_(True)
         accepted = ~(self.ancestors & ~agrees[:, None, :]).any(-1)
-        order = torch.where(accepted, self.depth, self.levels + 1)
+        order = self.depth.masked_fill(~accepted, self.levels + 1)
         path = order.argsort(dim=1, stable=True)[:, : self.levels + 1]
         return path, accepted.sum(1)
 
@@ -155,15 +162,16 @@ def tree_mask(
     ancestors  (B, N, M) bool with M >= N: which of the M newest columns node i may see
     window     sliding-window size in positions (needs depth (B, N), with M == N); None sees the whole prefix
     """
-    offset = torch.arange(columns, device=lengths.device) - lengths[:, None]
+    place = torch.arange(columns, device=lengths.device)
     batch, nodes, newest = ancestors.shape
-    index = offset.clamp(0, newest - 1)[:, None].expand(batch, nodes, columns)
-    in_tree = ((offset >= 0) & (offset < newest))[:, None] & ancestors.gather(2, index)
-    prefix = (offset < 0)[:, None]
+    mask = (place < lengths[:, None])[:, None].repeat(1, nodes, 1)
+    # A row that does not run may be longer than what is looked at; what it sees does not matter.
+    index = (lengths[:, None] + place[:newest]).clamp(max=columns - 1)
+    mask.scatter_(2, index[:, None].expand_as(ancestors), ancestors)
     if window is None:
-        return prefix | in_tree
+        return mask
     if depth is None:
         raise ValueError("a sliding window needs the depth of the nodes")
-    key_depth = torch.where(offset < 0, offset, depth.gather(1, offset.clamp(0, newest - 1)))
-    near = depth[:, :, None] - key_depth[:, None] < window
-    return (prefix | in_tree) & near
+    position = place.expand(batch, -1).scatter(1, index, lengths[:, None] + depth)
+    near = (lengths[:, None] + depth)[..., None] - position[:, None] < window
+    return mask & near

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from speculens.errors import UserError
 from speculens.features import Features
 from speculens.tree import DraftTree, TreeShape
 
@@ -105,6 +106,18 @@ class Drafter(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What `inspect` shows."""
+
+
+def reshaped(drafter: Drafter, changes: Mapping[str, int]) -> TreeShape | None:
+    """The drafter's own tree with some of its numbers changed; None if none are. Raises UserError if it has no tree."""
+    if not changes:
+        return None
+    own = drafter.describe()["tree"]
+    if "num_steps" not in own:
+        raise UserError(
+            f"The drafter {drafter.name} grows no tree: leave out --{next(iter(changes)).replace('_', '-')}."
+        )
+    return TreeShape(**{**own, **changes})
 
 
 class NoDrafter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class EagleDrafter(nn.Module):
     def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
         """Room for `slots` sequences; raises UserError if this drafter was made for another target."""
         self.check(target)
+        for layer in self.layers:
+            cast(DecoderLayer, layer).join()
         return HeadSession(self, target, slots, capacity, shape or self.config.tree)
 
     def check(self, target: Lender) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculens.attention import folded_attention
 from speculens.drafters.config import DrafterConfig
+from speculens.ops import Joined, swiglu
 
 # attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
 # The caller decides where keys and values live and who sees whom: training, prefill and tree growth differ only here.
@@ -32,6 +35,11 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), positions, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def join(self) -> None:
+        """For decoding: queries, keys and values as one product, gate and up as another. Changes no value or name."""
+        self.self_attn.joined = _joined(self.self_attn.projections, self.self_attn.joined)
+        self.mlp.joined = _joined(self.mlp.gates, self.mlp.joined)
+
 
 class _Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
@@ -42,10 +50,19 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+        self.joined: Joined | None = None
+
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         cos, sin = _rope(positions, self.head_dim, self.theta, x.dtype)
-        queries, keys, values = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if _usable(self.joined):
+            states = self.joined(x).split([project.out_features for project in self.projections], -1)
+        else:
+            states = tuple(project(x) for project in self.projections)
+        queries, keys, values = map(self._heads, states)
         mixed = attend(_rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -59,9 +76,28 @@ class _SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
+        self.joined: Joined | None = None
+
+    @property
+    def gates(self) -> tuple[nn.Linear, ...]:
+        return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        if _usable(self.joined):
+            return self.down_proj(swiglu(self.joined(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _joined(layers: tuple[nn.Linear, ...], joined: Joined | None) -> Joined | None:
+    """Join layers, unless they are joined already or cannot be (quantised, or adapted)."""
+    if joined is not None and joined.intact:
+        return joined
+    return Joined(layers) if Joined.possible(layers) else None
+
+
+def _usable(joined: Joined | None) -> TypeGuard[Joined]:
+    """Not in training, where gradients flow to the layers' own parameters, nor after their weights have moved."""
+    return joined is not None and not torch.is_grad_enabled() and joined.intact
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,9 +144,5 @@ def biased_attention(attend: Attend, bias: Tensor) -> Attend:
 
 
 def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    """Attention under a mask (B, m, S) bool, without repeating keys and values: the head group joins the query axis."""
-    batch, heads, rows, dim = queries.shape
-    groups = heads // keys.shape[1]
-    folded = queries.reshape(batch, keys.shape[1], groups * rows, dim)
-    mask = allowed[:, None].repeat(1, 1, groups, 1)
-    return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(batch, heads, rows, dim)
+    """Attention under a mask (B, m, S) bool."""
+    return folded_attention(queries, keys, values, allowed[:, None])

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from speculens.attention import TreeMask
 from speculens.cache import SlotCache
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.targets.attention import groups_in_mask
+from speculens.targets.attention import is_ours
+from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode
-from speculens.tree import DraftTree, tree_mask
+from speculens.tree import DraftTree
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Target:
         self.head = model.get_output_embeddings()
         self._softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self._softcap_applies: bool | None = None
+        self._fused: FusedDecoder | None = None
+        self._fusible = True
 
     # What the model is
 
@@ -143,6 +147,13 @@ class Target:
         """Room for `slots` sequences of up to `capacity` rows each."""
         return TargetSession(self, slots, capacity)
 
+    def fused(self) -> FusedDecoder | None:
+        """The decoder's faster form for scoring, if its build allows one; made anew if the model was cast or moved."""
+        if self._fusible and not (self._fused and self._fused.intact):
+            self._fused = fuse(self.decoder)
+            self._fusible = self._fused is not None
+        return self._fused
+
     def teach(self, inputs: dict[str, Any], image: Tensor) -> Features:
         """One frozen forward over whole sequences, padded on the right: what training distils from.
 
@@ -230,8 +241,8 @@ class TargetSession:
         # Next position minus number of rows: not 0 on M-RoPE targets (a picture takes fewer positions than rows) and on
         # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
         self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
+        self._fused = target.fused()
         self._axes = 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
-        self._groups = groups_in_mask(target.decoder.config)
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
 
@@ -306,15 +317,12 @@ class TargetSession:
         cache.aim(range(batch), tree.size, horizon=horizon)
         lengths = cache.lengths[:batch]
         positions = (lengths + self._offsets[:batch])[:, None] + tree.depth
-        if self._axes == 3:
-            positions = positions.expand(3, -1, -1)
-        hidden = target.decoder(
-            inputs_embeds=target.embed(tree.tokens),
-            attention_mask=self._mask(lengths, tree),
-            position_ids=positions,
-            past_key_values=self._past,
-            use_cache=True,
-        ).last_hidden_state.to(target.device)
+        mask = TreeMask(lengths, tree.ancestors, tree.depth)
+        embeds = target.embed(tree.tokens)
+        if self._fused:
+            hidden = self._fused(embeds, positions, cache, mask)
+        else:
+            hidden = self._decode(embeds, positions, mask).to(target.device)
         return target.logits(hidden), hidden
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
@@ -336,19 +344,25 @@ class TargetSession:
         self._offsets[row] = self._offsets[last]
         self.cache.free(row)
 
-    def _mask(self, lengths: Tensor, tree: DraftTree) -> Any:
-        """The additive float mask in the query's dtype: the only form that is right under eager and sdpa alike."""
-        full = self._additive(tree_mask(lengths, tree.ancestors, self.cache.columns))
-        if self._window is None:
-            return full
-        sliding = tree_mask(lengths, tree.ancestors, self.cache.columns, tree.depth, self._window)
-        return {"full_attention": full, "sliding_attention": self._additive(sliding)}
-
-    def _additive(self, allowed: Tensor) -> Tensor:
-        lowest = torch.finfo(self.target.dtype).min
-        mask = torch.zeros(allowed.shape, dtype=self.target.dtype, device=allowed.device)
-        mask = mask.masked_fill_(~allowed, lowest)[:, None]
-        return mask.repeat(1, 1, self._groups, 1) if self._groups > 1 else mask
+    def _decode(self, embeds: Tensor, positions: Tensor, mask: TreeMask) -> Tensor:
+        """Hidden states by the model's own decoder."""
+        decoder, columns = self.target.decoder, self.cache.columns
+        if is_ours(decoder):
+            # Our attention reads the tree itself; a 4-D mask of any content keeps the model from making its own.
+            full = sliding = embeds.new_zeros(1, 1, 1, 1)
+        else:
+            # The additive float mask in the query's dtype: the only form that is right under eager and sdpa alike.
+            full = sliding = mask.additive(columns, embeds.dtype)
+            if self._window is not None:
+                sliding = mask.additive(columns, embeds.dtype, window=self._window)
+        return decoder(
+            inputs_embeds=embeds,
+            attention_mask=full if self._window is None else {"full_attention": full, "sliding_attention": sliding},
+            position_ids=positions.expand(3, -1, -1) if self._axes == 3 else positions,
+            past_key_values=self._past,
+            use_cache=True,
+            **({"tree": mask} if is_ours(decoder) else {}),
+        ).last_hidden_state
 
 
 def _rows(weight: Tensor, which: Tensor, device: torch.device) -> nn.Parameter:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from speculens.errors import UserError
-from speculens.targets.attention import fold_attention
+from speculens.targets.attention import install_attention
 from speculens.targets.base import Target
 from speculens.targets.processing import load_processor
 from speculens.targets.segments import join_segments
@@ -69,7 +69,7 @@ def load_target(
         model = model.to(device)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point()):
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
-    fold_attention(model)
+    install_attention(model)
     join_segments(model)
     return Target(model, load_processor(name, config, revision=revision))
 

@@ -21,14 +21,15 @@ NAME = "speculens_segments_as_flash"
 
 
 def segmented_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _attention_mask: Tensor | None = None,
+    *,
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
-    **kwargs: Any,
+    **_others: Any,
 ) -> tuple[Tensor, None]:
     """Attend with query, key and value (1, heads, T, D) within segments -> (1, T, heads, D).
 
@@ -39,8 +40,8 @@ def segmented_attention(
     mixed = torch.empty_like(query[0])
     for length in lengths.unique().tolist():
         rows = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)
-        parts = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))  # (segments, heads, length, D)
-        mixed[:, rows] = F.scaled_dot_product_attention(*parts, scale=scaling).transpose(0, 1)
+        q, k, v = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))  # (segments, heads, length, D)
+        mixed[:, rows] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
     return mixed.transpose(0, 1)[None], None
 
 

@@ -9,6 +9,7 @@ processes and accumulation changes nothing, and neither does being killed and re
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import subprocess
@@ -132,6 +133,7 @@ class Trainer:
         if self.drafter.d2t is not None:
             self.drafter.d2t.copy_(commonest(source, target, len(self.drafter.d2t)).tokens)
         dtype = target.dtype if mixed else weights
+        self.student_dtype = dtype
         student = Student(self.drafter, dtype, recipe.unroll, recipe.feature_noise)
         optimizer = _optimizer(self.drafter, recipe.optimiser)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
@@ -334,8 +336,9 @@ class Trainer:
 
     def _save_drafter(self, name: str) -> Path:
         if self.accelerator.is_main_process:
+            decodes = copy.deepcopy(self._taught()).to(self.student_dtype)  # what rounding loses, decoding never sees
             with checkpoint.whole(self.output / name) as partial:
-                save_drafter(self._taught(), partial, self._card())
+                save_drafter(decodes, partial, self._card())
         return self.output / name
 
     def _card(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Measurements: scripts that print a table, and a last line of JSON."""

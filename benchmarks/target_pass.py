@@ -1,0 +1,416 @@
+r"""What a target pass costs, and what its parts cost: kernels checked, then timed beside what they replace.
+
+    python benchmarks/target_pass.py --out target_pass.json   (a GPU, about two minutes)
+    python benchmarks/target_pass.py --tiny                   (any machine: runs every line, says nothing of speed)
+
+A pass over one node reads all weights once; that time is the floor, printed beside each figure. Everything is timed as
+a replayed CUDA graph, median of `--repeats`. Decoders have the shapes of 7B models and random weights. Parts that fail
+are reported and do not stop the others. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from speculens import ops
+from speculens.attention import TreeMask, folded_attention, tree_attention
+from speculens.cache import SlotCache
+from speculens.targets.attention import NAME
+from speculens.targets.fused import FusedDecoder
+from speculens.tree import DraftTree
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+PREFIX, BUCKET, NODES = 1200, 1280, 60
+START = time.perf_counter()
+FIGURES: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's size, as the configs of transformers spell it."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int
+    bias: bool
+
+
+SHAPES = {
+    "qwen2.5-vl-7b": Shape(28, 3584, 28, 4, 18944, 152064, bias=True),
+    "llava-1.5-7b": Shape(32, 4096, 32, 32, 11008, 32064, bias=False),
+}
+TINY = {"tiny": Shape(2, 64, 4, 2, 96, 320, bias=True)}
+TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
+
+
+@torch.no_grad()
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    given = parser.parse_args()
+    repeats = 2 if given.tiny else given.repeats
+    FIGURES["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
+    FIGURES["torch"] = torch.__version__
+    part("correct", check_kernels)
+    part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
+    for name, shape in (TINY if given.tiny else SHAPES).items():
+        part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+    FIGURES["seconds"] = round(time.perf_counter() - START, 1)
+    line = json.dumps(FIGURES)
+    if given.out:
+        given.out.write_text(line + "\n")
+    print(line)
+
+
+def part(name: str, run: Callable[[], Any]) -> None:
+    """One section: its result, or its failure, goes into the figures."""
+    try:
+        FIGURES[name] = run()
+    except Exception as error:  # noqa: BLE001 - GPU minutes are few: the other sections still count
+        traceback.print_exc()
+        FIGURES[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"[{time.perf_counter() - START:6.1f} s] {text}", flush=True)
+
+
+def clock(run: Callable[[], Any], repeats: int, inner: int = 1) -> float:
+    """Median milliseconds of `run`, as a CUDA graph of `inner` calls where there is a GPU."""
+    run()
+    if not CUDA:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            run()
+    for _ in range(3):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events) / inner
+
+
+# Correctness
+
+
+def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
+    """Largest difference between each kernel and float64 torch, over the size of the latter."""
+    if ops.kernels_for(torch.zeros(1, device=DEVICE)) is None:
+        say("no kernels on this device: torch is compared with itself")
+    errors: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    def compare(name: str, got: Tensor, want: Tensor) -> None:
+        errors[name] = float((got.double() - want.double()).abs().max() / want.double().abs().max())
+        say(f"correct: {name:44s} {errors[name]:.1e}{'  <-- LARGE' if not errors[name] < 2e-2 else ''}")
+
+    cases = [
+        (28, 4, 1, 1, 128, [1200], None),
+        (28, 4, 60, 60, 128, [1200], None),
+        (32, 32, 60, 60, 128, [1200, 3], None),
+        (8, 2, 7, 12, 64, [700, 0, 65], None),
+        (4, 4, 100, 100, 80, [100, 300], None),
+        (8, 2, 20, 20, 64, [500, 5], 128),
+        (8, 2, 10, 10, 256, [200], None),
+    ]
+    for heads, kv_heads, nodes, width, dim, lengths, window in cases:
+        for dtype in (DTYPE, torch.float32):
+            batch, columns = len(lengths), max(lengths) + width + 30
+            queries = randn(batch, nodes, heads, dim, dtype=dtype).transpose(1, 2)
+            keys, values = (randn(batch, columns, kv_heads, dim, dtype=dtype).transpose(1, 2) for _ in "kv")
+            seen = torch.rand(batch, nodes, width, generator=generator) < 0.4
+            seen = (seen | torch.eye(nodes, width, dtype=torch.bool)).to(DEVICE)
+            depth = torch.randint(0, 5, (batch, nodes), generator=generator).to(DEVICE)
+            mask = TreeMask(torch.tensor(lengths, device=DEVICE), seen, depth)
+            want = tree_attention(queries.double(), keys.double(), values.double(), mask, None, window)
+            name = f"attention {heads}/{kv_heads} x{dim} N={nodes} B={batch} window={window} {str(dtype)[6:]}"
+            compare(name, tree_attention(queries, keys, values, mask, None, window), want)
+    for size in (3584, 4096, 200):
+        stream, update, gain = randn(3, 5, size), randn(3, 5, size), randn(size)
+        want = ops.add_norm(stream.double(), update.double(), gain.double(), 1e-6)[1]
+        compare(f"add_norm {size}", ops.add_norm(stream, update, gain, 1e-6)[1], want)
+        gate_up = randn(3, 5, 2 * size)
+        compare(f"swiglu {size}", ops.swiglu(gate_up), ops.swiglu(gate_up.double()))
+    for gains in (None, (randn(128), randn(128), 1e-6)):
+        joined, cos, sin = randn(2, 5, 8 * 128), randn(2, 5, 128), randn(2, 5, 128)
+        wide = gains and (gains[0].double(), gains[1].double(), gains[2])
+        outs = []
+        for states, norms in ((joined.clone(), gains), (joined.double(), wide)):
+            cache = _cache(2, 64, 2, 128, 1, states.dtype, [7, 30], 5)
+            turn = cos.to(states.dtype), sin.to(states.dtype)
+            outs.append(ops.rotate_into(cache, 0, states, *turn, cache.lengths, norms))
+        for what, got, want in zip(("queries", "keys", "values"), *outs, strict=True):
+            compare(f"rotate_into {what} {'with' if gains else 'without'} norms", got, want)
+    if CUDA:
+        from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
+
+        for outputs, inputs in ((3584, 18944), (37, 700)):
+            row, weight, bias = randn(1, 1, inputs), randn(outputs, inputs), randn(outputs)
+            want = F.linear(row.double(), weight.double(), bias.double())
+            for tile in TILES:
+                got = kernels.linear_row(row, weight, bias, block_n=tile[0], block_k=tile[1], num_warps=tile[2])
+                compare(f"linear_row {outputs}x{inputs} {tile}", got, want)
+    return errors
+
+
+def _cache(
+    slots: int, capacity: int, heads: int, dim: int, layers: int, dtype: torch.dtype, lengths: list[int], n: int
+) -> SlotCache:
+    cache = SlotCache(slots=slots, capacity=capacity, heads=heads, head_dim=dim, dtype=dtype, devices=[DEVICE] * layers)
+    for _ in range(slots):
+        cache.admit()
+    cache.lengths += torch.tensor(lengths, device=DEVICE)
+    cache.extents[:] = lengths
+    cache.aim(range(slots), n)
+    return cache
+
+
+# Attention alone
+
+
+def time_attention(repeats: int, spans: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Split kernel against folded sdpa, microseconds a layer."""
+    lines = []
+    for heads, kv_heads in ((28, 4), (32, 32)):
+        for span in spans:
+            for nodes in (1, NODES, 64):
+                bucket = -(-(span + nodes) // 64) * 64
+                queries = torch.randn(1, nodes, heads, 128, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+                keys, values = (
+                    torch.randn(1, bucket, kv_heads, 128, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in "kv"
+                )
+                tree = _tree(nodes, 300)
+                mask = TreeMask(torch.tensor([span], device=DEVICE), tree.ancestors)
+                additive = mask.additive(bucket, DTYPE, heads // kv_heads)
+                line = {"heads": f"{heads}/{kv_heads}", "columns": span, "nodes": nodes}
+                line["ours_us"] = 1e3 * clock(
+                    lambda q=queries, k=keys, v=values, m=mask: tree_attention(q, k, v, m), repeats, 10
+                )
+                line["folded_sdpa_us"] = 1e3 * clock(
+                    lambda q=queries, k=keys, v=values, m=additive: folded_attention(q, k, v, m), repeats, 10
+                )
+                if CUDA and nodes != 64:
+                    line["by_splits_us"] = _by_splits(queries, keys, values, mask, repeats)
+                lines.append(line)
+                say(
+                    "attention "
+                    + " ".join(f"{k}={round(v, 1) if isinstance(v, float) else v}" for k, v in line.items())
+                )
+    return lines
+
+
+def _by_splits(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask, repeats: int) -> dict[int, float]:
+    from speculens import kernels  # noqa: PLC0415
+
+    def run(splits: int) -> Tensor:
+        return kernels.attend(queries, keys, values, mask.lengths, mask.newest, 128**-0.5, splits=splits)
+
+    found = {}
+    for splits in (1, 2, 4, 8, 16, 32):
+        if splits * 64 <= keys.shape[2]:
+            found[splits] = round(1e3 * clock(lambda splits=splits: run(splits), max(20, repeats // 3), 10), 1)
+    return found
+
+
+def _tree(nodes: int, vocabulary: int) -> DraftTree:
+    parents = torch.tensor([[max(0, (i - 1) // 3) for i in range(nodes)]])
+    depth = torch.zeros_like(parents)
+    for node in range(1, nodes):
+        depth[0, node] = depth[0, parents[0, node]] + 1
+    tokens = torch.arange(nodes)[None] * 37 % vocabulary
+    tensors = (part.to(DEVICE) for part in (tokens, parents, depth, torch.ones_like(parents, dtype=torch.bool)))
+    return DraftTree.build(*tensors, levels=int(depth.max()))
+
+
+# A whole pass
+
+
+def _model(shape: Shape) -> Any:
+    common = dict(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=32768,
+    )
+    kind, config = (Qwen2ForCausalLM, Qwen2Config) if shape.bias else (LlamaForCausalLM, LlamaConfig)
+    with torch.device("meta"):
+        model = kind._from_config(config(**common), attn_implementation=NAME, dtype=DTYPE)  # noqa: SLF001
+    model.to_empty(device=DEVICE)
+    for name, weight in model.named_parameters():
+        weight.fill_(1) if name.endswith("norm.weight") else weight.normal_(0, 0.02)
+    rotary = model.model.rotary_emb  # its buffers are made by arithmetic, not loaded
+    model.model.rotary_emb = type(rotary)(model.config).to(DEVICE)
+    return model.eval().requires_grad_(False)
+
+
+def time_decoder(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
+    """One pass over a node and over a tree, by Hugging Face's decoder and fused; then its parts."""
+    model = _model(shape)
+    decoder, head = model.model, model.lm_head
+    dim = shape.hidden // shape.heads
+    weights = sum(p.nbytes for p in decoder.layers.parameters()) + head.weight.nbytes
+    bandwidth = _bandwidth(repeats)
+    floor = weights / bandwidth / 1e6
+    found: dict[str, Any] = {"weights_GB": weights / 1e9, "read_GBps": bandwidth, "floor_ms": floor}
+    say(f"{name}: {weights / 1e9:.2f} GB of weights, read at {bandwidth:.0f} GB/s in {floor:.2f} ms")
+    fused = FusedDecoder(decoder)
+    hidden: dict[tuple[str, int], Tensor] = {}
+    for nodes in (1, NODES):
+        tree = _tree(nodes, shape.vocabulary)
+        cache = _cache(1, BUCKET, shape.kv_heads, dim, shape.layers, DTYPE, [PREFIX], nodes)
+        for block in cache._blocks.values():  # noqa: SLF001 - a prefix of random numbers instead of a prefill
+            block[:, :PREFIX].normal_(0, 0.5)
+        cache._columns = BUCKET  # noqa: SLF001 - as a recorded graph looks at its whole bucket
+        past = cache.as_transformers()
+
+        def theirs(tree: DraftTree = tree, cache: SlotCache = cache, past: Any = past) -> Tensor:
+            mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
+            stub = torch.zeros(1, 1, 1, 1, dtype=DTYPE, device=DEVICE)
+            embeds = decoder.embed_tokens(tree.tokens)
+            given = dict(position_ids=PREFIX + tree.depth, past_key_values=past, use_cache=True, tree=mask)
+            return decoder(inputs_embeds=embeds, attention_mask=stub, **given).last_hidden_state
+
+        def ours(tree: DraftTree = tree, cache: SlotCache = cache) -> Tensor:
+            mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
+            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, mask)
+
+        for way, run in (("hf", theirs), ("fused", ours)):
+            hidden[way, nodes] = run().clone()
+            found[f"{way}_{nodes}_ms"] = clock(lambda run=run: head(run()), repeats)
+            say(f"{name}: {way} pass over {nodes} nodes {found[f'{way}_{nodes}_ms']:.3f} ms")
+        gap = (hidden["hf", nodes].double() - hidden["fused", nodes].double()).norm()
+        found[f"relative_difference_{nodes}"] = float(gap / hidden["hf", nodes].double().norm())
+        say(f"{name}: relative difference {found[f'relative_difference_{nodes}']:.1e}")
+    found["tree_over_step"] = found[f"fused_{NODES}_ms"] / found["fused_1_ms"]
+    say(f"{name}: tree / step {found['tree_over_step']:.3f}, step / floor {found['fused_1_ms'] / floor:.3f}")
+    found["products"] = [
+        line for nodes in (1, NODES) for line in _products(name, decoder.layers, head, fused, nodes, repeats)
+    ]
+    found["parts_us"] = {nodes: _parts(name, shape, decoder, nodes, repeats) for nodes in (1, NODES)}
+    return found
+
+
+def _bandwidth(repeats: int) -> float:
+    """GB/s at which this device reads memory: a sum over 2 GB."""
+    block = torch.zeros((1 << 29) if CUDA else (1 << 20), dtype=torch.float32, device=DEVICE)
+    return block.nbytes / clock(block.sum, max(10, repeats // 3)) / 1e6
+
+
+def _products(name: str, layers: Any, head: Any, fused: FusedDecoder, nodes: int, repeats: int) -> list[dict[str, Any]]:
+    """Each matrix product over all layers in turn, so that no weight stays in a cache."""
+    own = fused._layers  # noqa: SLF001
+    stacks = {
+        "qkv": [layer.qkv.weight for layer in own],
+        "output": [layer.self_attn.o_proj.weight for layer in layers],
+        "gate_up": [layer.gate_up.weight for layer in own],
+        "down": [layer.mlp.down_proj.weight for layer in layers],
+        "head": [head.weight],
+    }
+    lines = []
+    for what, weights in stacks.items():
+        x = torch.randn(1, nodes, weights[0].shape[1], device=DEVICE, dtype=DTYPE)
+
+        def all_of(product: Callable[..., Tensor], x: Tensor = x, weights: list[Tensor] = weights, **tile: int) -> None:
+            for weight in weights:
+                product(x, weight, **tile)
+
+        nbytes = weights[0].nbytes
+        line: dict[str, Any] = {"what": what, "shape": list(weights[0].shape), "rows": nodes}
+        line["cublas_us"] = 1e3 * clock(lambda run=all_of: run(F.linear), repeats) / len(weights)
+        line["cublas_GBps"] = nbytes / line["cublas_us"] / 1e3
+        if CUDA and nodes == 1:
+            from speculens import kernels  # noqa: PLC0415
+
+            line["triton_us"] = {}
+            for n, k, warps in TILES:
+                spent = clock(
+                    lambda run=all_of, n=n, k=k, w=warps: run(kernels.linear_row, block_n=n, block_k=k, num_warps=w),
+                    max(20, repeats // 3),
+                )
+                line["triton_us"][f"{n}x{k}x{warps}"] = round(1e3 * spent / len(weights), 2)
+            best = min(line["triton_us"].values())
+            line["triton_best_GBps"] = nbytes / best / 1e3
+        lines.append(line)
+        say(f"{name}: {json.dumps(line, default=lambda v: round(v, 1))}")
+    return lines
+
+
+def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> dict[str, float]:
+    """The rest of a layer, microseconds each: kernels, and plain torch for comparison."""
+    dim = shape.hidden // shape.heads
+    cache = _cache(1, BUCKET, shape.kv_heads, dim, 1, DTYPE, [PREFIX], nodes)
+    cache._columns = BUCKET  # noqa: SLF001
+    tree = _tree(nodes, shape.vocabulary)
+    mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
+    stream = torch.randn(1, nodes, shape.hidden, device=DEVICE, dtype=DTYPE)
+    update, gain = torch.randn_like(stream), torch.ones(shape.hidden, device=DEVICE, dtype=DTYPE)
+    joined = torch.randn(1, nodes, (shape.heads + 2 * shape.kv_heads) * dim, device=DEVICE, dtype=DTYPE)
+    gate_up = torch.randn(1, nodes, 2 * shape.inner, device=DEVICE, dtype=DTYPE)
+    cos, sin = decoder.rotary_emb(stream, PREFIX + tree.depth)
+    queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths)
+    runs = {
+        "attention": lambda: tree_attention(queries, keys, values, mask),
+        "add_norm": lambda: ops.add_norm(stream, update, gain, 1e-6),
+        "rotate_into": lambda: ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths),
+        "swiglu": lambda: ops.swiglu(gate_up),
+    }
+    found = {what: 1e3 * clock(run, repeats, 20) for what, run in runs.items()}
+    found["rotary_emb once a pass"] = 1e3 * clock(lambda: decoder.rotary_emb(stream, PREFIX + tree.depth), repeats, 5)
+    chosen = ops.kernels_for
+    try:
+        ops.kernels_for = lambda _: None
+        for what in ("add_norm", "rotate_into", "swiglu"):
+            found[f"{what} in plain torch"] = 1e3 * clock(runs[what], repeats, 20)
+    finally:
+        ops.kernels_for = chosen
+    say(f"{name}: N={nodes} " + ", ".join(f"{what} {us:.1f} us" for what, us in found.items()))
+    return found
+
+
+if __name__ == "__main__":
+    main()

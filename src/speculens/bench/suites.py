@@ -1,0 +1,195 @@
+"""Suites of questions: what `suites.yaml` says of each, read from the files that people really have.
+
+A suite is a list of rows in the data format (docs/data.md), so everything below is about finding and wording them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from speculens.conversation import Conversation
+from speculens.data.rows import Names
+from speculens.data.sources import JsonLines
+from speculens.errors import UserError
+
+_FIELD = re.compile(r"\{(\w+)(?:\|(\w+))?\}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation of a suite. Its pictures are opened when it is asked for.
+
+    name   one of its own within the suite
+    topic  under which its figures are pooled
+    row    in any form that `Conversation.from_row` knows; the user's messages are asked, answers are not read
+    root   where relative picture paths start
+    """
+
+    name: str
+    topic: str
+    row: Mapping[str, Any]
+    root: Path
+
+    def conversation(self) -> Conversation:
+        """Raises UserError for a row or a picture that cannot be used."""
+        return Conversation.from_row(self.row, self.root)
+
+
+@cache
+def suites() -> dict[str, Mapping[str, Any]]:
+    """What the package knows of each suite, by name."""
+    text = resources.files(__package__).joinpath("suites.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def load_suite(name: str, data: Sequence[Path] = (), image_root: Path | None = None) -> list[Case]:
+    """The cases of a suite, in its order.
+
+    data  its folder, or the files themselves where the suite is of the data format; `testbed` finds its own
+    Raises UserError if there is no such suite, or, in one sentence, if its data set must be fetched first.
+    """
+    about = suites().get(name)
+    if about is None:
+        raise UserError(f"There is no suite {name!r}: known are {', '.join(suites())}.")
+    if name == "testbed" and not data:
+        data = [Path(__file__).resolve().parents[3] / "testbed" / "heldout"]
+    if "rows" not in about:
+        return from_files(_files(name, about, data), image_root)
+    if len(data) != 1:
+        raise _missing(name, about, "")
+    return _sampled(_cases(name, about, data[0], image_root), about.get("sample"))
+
+
+def from_files(files: Sequence[Path], image_root: Path | None = None) -> list[Case]:
+    """The rows of files in the data format, taken from the files in turn; the topic is the row's own, or the file's."""
+    sources = [JsonLines([file], image_root) for file in files]
+    names, cases = Names(), []
+    for index in range(max(map(len, sources), default=0)):
+        for file, source in zip(files, sources, strict=True):
+            if index < len(source):
+                row = source.row(index)
+                if not isinstance(row, Mapping):
+                    raise UserError(f"Row {index + 1} of {file} is no object.")
+                topic = row.get("topic") or row.get("category") or file.stem
+                cases.append(Case(str(names.name(row, index)), str(topic), row, source.root(index)))
+    return cases
+
+
+def _files(name: str, about: Mapping[str, Any], data: Sequence[Path]) -> list[Path]:
+    """The given files, or a suite's own in the given folders."""
+    files = [
+        file
+        for place in data
+        for file in ([place / own for own in about["files"]] if place.is_dir() or about["files"] else [place])
+    ]
+    for file in files:
+        if not file.is_file():
+            raise _missing(name, about, f" ({file} is not there)")
+    if not files:
+        raise _missing(name, about, "")
+    return files
+
+
+def _missing(name: str, about: Mapping[str, Any], what: str) -> UserError:
+    return UserError(
+        f"The data of the suite {name} is missing{what}; fetch: {about['fetch']} (--data names the folder)."
+    )
+
+
+# ---- rows of a published layout -------------------------------------------------------------------------------------
+
+
+def _cases(name: str, about: Mapping[str, Any], folder: Path, image_root: Path | None) -> list[Case]:
+    file = folder / about["rows"]
+    if not file.is_file():
+        raise _missing(name, about, f" ({file} is not there)")
+    names, seen, cases = Names(), set(), []
+    for place, row in enumerate(_rows(name, about, folder)):
+        if not all(_fits(row.get(field), wanted) for field, wanted in about.get("only", {}).items()):
+            continue
+        if "once" in about:
+            value = row.get(about["once"])
+            if value in seen:
+                continue
+            seen.add(value)
+        try:
+            said = {key: fill(about[key], row) for key in ("id", "image", "prompt", "topic")}
+        except KeyError as error:
+            raise UserError(
+                f"Row {place + 1} of {file} has no {error}, so it is not the file that {name} needs."
+            ) from None
+        picture, text = {"type": "image", "path": said["image"]}, {"type": "text", "text": said["prompt"]}
+        content = [text, picture] if about["picture"] == "after" else [picture, text]
+        own = str(names.name({"id": said["id"]}, place))
+        question = {"id": own, "messages": [{"role": "user", "content": content}]}
+        cases.append(Case(own, said["topic"], question, image_root or folder))
+    return cases
+
+
+def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of JSON lines, of an array, or of an object whose keys name them."""
+    file = folder / about["rows"]
+    if file.suffix == ".jsonl":
+        source = JsonLines([file])
+        yield from (source.row(number) for number in range(len(source)))
+        return
+    found = _json(file)
+    found = found[about["at"]] if "at" in about else found
+    if isinstance(found, Mapping):
+        order = found.keys()
+        if "order" in about:
+            other = folder / about["order"]["file"]
+            if not other.is_file():
+                raise _missing(name, about, f" ({other} is not there)")
+            order = _json(other)[about["order"]["key"]]
+        found = [{"key": key, **found[key]} for key in order]
+    yield from found
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from None
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Equal; or anything but null for `*`; or with the beginning that stands before a `*`."""
+    if wanted.endswith("*"):
+        return value is not None and str(value).startswith(wanted[:-1])
+    return bool(value == wanted)
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """A template with a row's fields in it. Raises KeyError for a field that the row lacks."""
+    return _FIELD.sub(lambda found: _FORMS[found[2]](row[found[1]]), template)
+
+
+_FORMS: Mapping[str | None, Any] = {
+    None: str,
+    "line": lambda text: str(text).partition("\n")[0],
+    "words": " ".join,
+    "options": lambda choices: " ".join(f"({chr(ord('A') + place)}) {text}" for place, text in enumerate(choices)),
+}
+
+
+def _sampled(cases: list[Case], sample: Mapping[str, Any] | None) -> list[Case]:
+    """As the paper's code draws: in the order drawn."""
+    if sample is None:
+        return cases
+    count = min(sample["count"], len(cases))
+    if sample["draw"] == "python":
+        return random.Random(sample["seed"]).sample(cases, count)
+    order = np.random.default_rng(sample["seed"]).permutation(len(cases))
+    return [cases[place] for place in order[:count]]

@@ -1,0 +1,334 @@
+"""Triton kernels behind `ops.py` and `attention.py`, where each is defined in plain torch. Needs Triton to be imported.
+
+A pass over one node or a small tree reads every weight once and does little else, so time is bytes moved and gaps
+between kernels. These kernels join what plain torch does in several: fewer launches, no copies, and attention whose
+work follows the true length of a slot rather than the bucket it lies in. All read lengths on the device and allocate
+only their results, so they may be captured in a CUDA graph. Tensors are contiguous in their last dimension.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+
+
+def add_norm(stream: Tensor, update: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_norm`: one program a row."""
+    size = stream.shape[-1]
+    stream = stream.contiguous()
+    added = stream if update is None else torch.empty_like(stream)
+    normed = torch.empty_like(stream)
+    block = triton.next_power_of_2(size)
+    with _on(stream):
+        _add_norm[(stream.numel() // size,)](
+            stream, stream if update is None else update, gain, added, normed, size, eps,
+            ADD=update is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return added, normed
+
+
+@triton.jit
+def _add_norm(stream, update, gain, added, normed, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(stream + start + at, mask=inside, other=0)
+    if ADD:
+        value = value + tl.load(update + start + at, mask=inside, other=0)
+        tl.store(added + start + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    narrow = (wide * scale).to(value.dtype)
+    tl.store(normed + start + at, narrow * tl.load(gain + at, mask=inside, other=0), mask=inside)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`ops.swiglu`."""
+    inner = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], inner)
+    block = 1024
+    with _on(gate_up):
+        _swiglu[(out.numel() // inner, triton.cdiv(inner, block))](gate_up, out, inner, BLOCK=block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _swiglu(gate_up, out, inner, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < inner
+    gate = tl.load(gate_up + row * 2 * inner + at, mask=inside, other=0)
+    up = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0)
+    wide = gate.to(tl.float32)
+    active = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out + row * inner + at, active * up, mask=inside)
+
+
+def rotate_into(
+    joined: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    gains: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
+    """`ops.rotate_into`: one program a row and head; queries are rotated where they are."""
+    batch, nodes, width = joined.shape
+    kv_heads, columns, dim = keys.shape[1:]
+    heads = width // dim - 2 * kv_heads
+    query_gain, key_gain, eps = gains or (joined, joined, 0.0)
+    cos, sin = cos.expand(batch, nodes, dim).contiguous(), sin.expand(batch, nodes, dim).contiguous()
+    with _on(joined):
+        _rotate_into[(batch * nodes, heads + 2 * kv_heads)](
+            joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+            *keys.stride()[:3], *values.stride()[:3], nodes, heads, kv_heads, columns, eps,
+            DIM=dim, BLOCK=triton.next_power_of_2(dim // 2), NORM=gains is not None, num_warps=1,
+        )  # fmt: skip
+    return joined.view(batch, nodes, -1, dim)[:, :, :heads].transpose(1, 2)
+
+
+@triton.jit
+def _rotate_into(
+    joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+    key_slot, key_head, key_column, value_slot, value_head, value_column, nodes, heads, kv_heads, columns, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = row // nodes
+    column = tl.load(lengths + slot).to(tl.int64) + row % nodes
+    half: tl.constexpr = DIM // 2
+    at = tl.arange(0, BLOCK)
+    inside = at < half
+    source = joined + (row * (heads + 2 * kv_heads) + head) * DIM
+    first = tl.load(source + at, mask=inside, other=0)
+    second = tl.load(source + half + at, mask=inside, other=0)
+    room = inside & (column < columns)
+    if head >= heads + kv_heads:
+        target = values + slot * value_slot + (head - heads - kv_heads) * value_head + column * value_column
+        tl.store(target + at, first, mask=room)
+        tl.store(target + half + at, second, mask=room)
+    else:
+        if NORM:
+            gain = query_gain if head < heads else key_gain
+            left, right = first.to(tl.float32), second.to(tl.float32)
+            scale = tl.rsqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / DIM + eps)
+            first = (left * scale).to(first.dtype) * tl.load(gain + at, mask=inside, other=0)
+            second = (right * scale).to(second.dtype) * tl.load(gain + half + at, mask=inside, other=0)
+        left, right = first.to(tl.float32), second.to(tl.float32)
+        turn = row * DIM + at
+        upper = left * tl.load(cos + turn, mask=inside, other=0).to(tl.float32)
+        upper -= right * tl.load(sin + turn, mask=inside, other=0).to(tl.float32)
+        lower = right * tl.load(cos + turn + half, mask=inside, other=0).to(tl.float32)
+        lower += left * tl.load(sin + turn + half, mask=inside, other=0).to(tl.float32)
+        if head < heads:
+            tl.store(source + at, upper.to(first.dtype), mask=inside)
+            tl.store(source + half + at, lower.to(first.dtype), mask=inside)
+        else:
+            target = keys + slot * key_slot + (head - heads) * key_head + column * key_column
+            tl.store(target + at, upper.to(first.dtype), mask=room)
+            tl.store(target + half + at, lower.to(first.dtype), mask=room)
+
+
+def linear_row(
+    row: Tensor, weight: Tensor, bias: Tensor | None = None, *, block_n: int = 8, block_k: int = 512, num_warps: int = 4
+) -> Tensor:
+    """`F.linear` of a single row (..., K) with all leading dimensions 1: streams the weight (N, K) once."""
+    outputs, inputs = weight.shape
+    out = row.new_empty(*row.shape[:-1], outputs)
+    with _on(row):
+        _linear_row[(triton.cdiv(outputs, block_n),)](
+            row.contiguous(), weight, weight if bias is None else bias, out, outputs, inputs, weight.stride(0),
+            BIAS=bias is not None, EVEN=inputs % block_k == 0, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _linear_row(
+    row, weight, bias, out, outputs, inputs, stride,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lines = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * stride
+    at = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(0, inputs, BLOCK_K):
+        if EVEN:
+            x = tl.load(row + k + at)
+            w = tl.load(lines + (k + at)[None, :], eviction_policy="evict_first")
+        else:
+            inside = k + at < inputs
+            x = tl.load(row + k + at, mask=inside, other=0)
+            w = tl.load(lines + (k + at)[None, :], mask=inside[None, :], other=0, eviction_policy="evict_first")
+        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(total, 1)
+    if BIAS:
+        y += tl.load(bias + n, mask=n < outputs, other=0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=n < outputs)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    newest: Tensor,
+    scale: float,
+    *,
+    depth: Tensor | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """`attention.tree_attention`: columns split over programs, partial results merged by their log-sum-exp.
+
+    The columns that exist are shared out evenly among `splits`, whatever the bucket; by default there are as many
+    splits as fill the device twice. The result (B, heads, N, d) lies in memory as (B, N, heads, d).
+    """
+    batch, heads, nodes, dim = queries.shape
+    kv_heads, columns = keys.shape[1:3]
+    width = newest.shape[2]
+    rows = heads // kv_heads * nodes
+    block_d = max(16, triton.next_power_of_2(dim))
+    wide = queries.element_size() == 4  # float32 has no tensor cores here: small tiles, or registers spill
+    block_m = min(16 if wide else 64, max(16, triton.next_power_of_2(rows)))
+    block_s = 64 if queries.element_size() * block_d <= 256 else 32
+    grid = triton.cdiv(rows, block_m), batch * kv_heads
+    if splits is None:
+        splits = max(1, min(triton.cdiv(columns, block_s), 2 * _processors(queries.device) // (grid[0] * grid[1])))
+    out = queries.new_empty(batch, nodes, heads, dim)
+    partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    weight = out.new_empty(splits, batch, nodes, heads, dtype=torch.float32)
+    seen = newest.view(torch.uint8)
+    depth = lengths[:, None] if depth is None else depth
+    with _on(queries):
+        _attend[(*grid, splits)](
+            queries, keys, values, lengths, seen, depth, partial, weight,
+            *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *seen.stride(), *depth.stride(),
+            scale * LOG2E, batch, heads, kv_heads, nodes, width, columns, window or 0,
+            DIM=dim, WINDOW=window is not None, BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_D=block_d,
+            num_warps=8 if wide else 4, num_stages=2,
+        )  # fmt: skip
+        if splits > 1:
+            _merge[(batch * nodes * heads,)](
+                partial, weight, out, batch * nodes * heads, splits,
+                DIM=dim, BLOCK_D=block_d, SPLITS=triton.next_power_of_2(splits), num_warps=1,
+            )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@triton.jit
+def _attend(
+    queries, keys, values, lengths, seen, depth, partial, weight,
+    query_slot, query_head, query_row, key_slot, key_head, key_column, value_slot, value_head, value_column,
+    seen_slot, seen_row, seen_column, depth_slot, depth_node,
+    scale, batch, heads, kv_heads, nodes, width, columns, window,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    split, splits = tl.program_id(2), tl.num_programs(2)
+
+    # Rows of this program: (query head of the group, node), nodes fastest.
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < heads // kv_heads * nodes
+    head = kv_head * (heads // kv_heads) + row // nodes
+    node = row % nodes
+    dim = tl.arange(0, BLOCK_D)
+    query = queries + slot * query_slot + head[:, None] * query_head + node[:, None] * query_row + dim[None, :]
+    q = tl.load(query, mask=real[:, None] & (dim < DIM)[None, :], other=0)
+
+    # Columns of this program: an even share of those that exist, and that any node can see.
+    length = tl.load(lengths + slot).to(tl.int32)
+    total = tl.minimum(length + width, columns)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - window + 1, 0)
+        own_depth = tl.load(depth + slot * depth_slot + node * depth_node, mask=real, other=0).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(total - begin, splits), BLOCK_S) * BLOCK_S
+    begin += split * share
+    end = tl.minimum(begin + share, total)
+    plain = begin  # up to here, blocks lie in the prefix and every row sees all of them
+    if not WINDOW:
+        plain += tl.maximum(tl.minimum(end, length) - begin, 0) // BLOCK_S * BLOCK_S
+
+    at = tl.arange(0, BLOCK_S)
+    key = keys + slot * key_slot + kv_head * key_head + dim[:, None]
+    value = values + slot * value_slot + kv_head * value_head + dim[None, :]
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for c in range(begin, plain, BLOCK_S):
+        k = tl.load(key + (c + at)[None, :] * key_column, mask=(dim < DIM)[:, None], other=0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        v = tl.load(value + (c + at)[:, None] * value_column, mask=(dim < DIM)[None, :], other=0)
+        top, mass, mixed = _absorb(scores, v, top, mass, mixed)
+    for c in range(plain, end, BLOCK_S):
+        column = c + at
+        inside = column < end
+        offset = column - length
+        drafted = inside & (offset >= 0)
+        line = seen + slot * seen_slot + node[:, None] * seen_row + offset[None, :] * seen_column
+        visible = tl.load(line, mask=real[:, None] & drafted[None, :], other=0) != 0
+        visible = visible | (inside & (offset < 0))[None, :]
+        if WINDOW:
+            drafted_depth = tl.load(depth + slot * depth_slot + offset * depth_node, mask=drafted, other=0)
+            their_depth = tl.where(offset < 0, offset, drafted_depth.to(tl.int32))
+            visible = visible & (own_depth[:, None] - their_depth[None, :] < window)
+        k = tl.load(key + column[None, :] * key_column, mask=(dim < DIM)[:, None] & inside[None, :], other=0)
+        scores = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
+        v = tl.load(value + column[:, None] * value_column, mask=(dim < DIM)[None, :] & inside[:, None], other=0)
+        top, mass, mixed = _absorb(scores, v, top, mass, mixed)
+
+    # A row that sees nothing here has weight exp(-inf) = 0 in the merge, and zeros rather than 0 / 0.
+    mass = tl.where(mass > 0, mass, 1)
+    mixed = mixed / mass[:, None]
+    place = (slot * nodes + node) * heads + head
+    place += split.to(tl.int64) * batch * nodes * heads
+    out = partial + place[:, None] * DIM + dim[None, :]
+    tl.store(out, mixed.to(partial.dtype.element_ty), mask=real[:, None] & (dim < DIM)[None, :])
+    tl.store(weight + place, top + tl.log2(mass), mask=real)
+
+
+@triton.jit
+def _absorb(scores, v, top, mass, mixed):
+    """One block of columns into a running softmax (base 2) of each row."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    level = tl.where(higher == float("-inf"), 0.0, higher)  # no column seen yet: -inf - -inf is no number
+    share = tl.exp2(scores - level[:, None])
+    fade = tl.exp2(top - level)
+    mass = mass * fade + tl.sum(share, 1)
+    mixed = tl.dot(share.to(v.dtype), v, acc=mixed * fade[:, None], input_precision="ieee")
+    return higher, mass, mixed
+
+
+@triton.jit
+def _merge(partial, weight, out, rows, splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, BLOCK_D)
+    place = split.to(tl.int64) * rows + row
+    held = split < splits
+    weights = tl.load(weight + place, mask=held, other=float("-inf"))
+    top = tl.max(weights, 0)
+    shares = tl.exp2(weights - tl.where(top == float("-inf"), 0.0, top))
+    mixed = tl.load(partial + place[:, None] * DIM + dim[None, :], mask=held[:, None] & (dim < DIM)[None, :], other=0)
+    mass = tl.sum(shares, 0)
+    merged = tl.sum(mixed * shares[:, None], 0) / tl.where(mass > 0, mass, 1)
+    tl.store(out + row * DIM + dim, merged.to(out.dtype.element_ty), mask=dim < DIM)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

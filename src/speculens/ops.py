@@ -1,0 +1,141 @@
+"""What decoder layers are made of, beside attention: each operation in plain torch, and on a GPU as one kernel.
+
+The torch definition is the meaning, and what runs on a CPU; `kernels.py` computes the same up to rounding, with fewer
+launches. Both follow the arithmetic of Hugging Face's Llama: norms in float32, cast before their gain.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speculens.cache import SlotCache
+
+log = logging.getLogger(__name__)
+
+Gains = tuple[Tensor, Tensor, float]
+"""Gains of the norms on queries and keys, (d,) each, and their epsilon."""
+
+
+class Joined:
+    """Linear layers on the same input as one product: `join([q, k, v])(x)` is their outputs side by side.
+
+    The layers' parameters become views of one tensor, so nothing is stored twice and the layers work as before.
+    Whoever gives a parameter other storage afterwards (a cast, a move to another device) ends that: see `intact`.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers = tuple(layers)
+        self.weight = _one_tensor([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = _one_tensor(biases) if biases else None
+
+    @staticmethod
+    def possible(layers: Sequence[Any]) -> bool:
+        """Whether these are plain linear layers alike in input, dtype, device and in having a bias."""
+        if not all(type(layer) is nn.Linear for layer in layers):  # a subclass may do something else
+            return False
+        kinds = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None) for x in layers}
+        return len(kinds) == 1
+
+    @property
+    def intact(self) -> bool:
+        """Whether the layers' weights still lie in the joined one."""
+        place = self.weight.data_ptr()
+        for layer in self._layers:
+            if layer.weight.data_ptr() != place or layer.weight.dtype != self.weight.dtype:
+                return False
+            place += layer.weight.nbytes
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
+    whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    return whole
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
+    return F.linear(x, weight, bias)
+
+
+def add_norm(stream: Tensor, update: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream (B, N, H) with `update` added, and its RMSNorm times gain (H,)."""
+    if kernels := kernels_for(stream):
+        return kernels.add_norm(stream, update, gain, eps)
+    added = stream if update is None else stream + update
+    return added, _norm(added, gain, eps)
+
+
+def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return gain * wide.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Gate and up side by side (..., 2 I) -> silu(gate) * up (..., I)."""
+    if kernels := kernels_for(gate_up):
+        return kernels.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotate_into(
+    cache: SlotCache, layer: int, joined: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, gains: Gains | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate queries and keys, and write keys and values where the cache was last aimed.
+
+    joined    (B, N, (heads + 2 kv_heads) d), all that attention projects; it may be overwritten
+    cos, sin  (B, N, d) or (1, N, d), of the pairs (i, i + d / 2)
+    lengths   (B,) committed columns of the aimed rows; the N new columns begin there
+    gains     of an RMSNorm on each query and key before they turn
+    Returns queries (B, heads, N, d) and views of all keys and values (B, kv_heads, columns, d).
+    """
+    if kernels := kernels_for(joined):
+        keys, values = cache.views(layer)
+        return kernels.rotate_into(joined, cos, sin, keys, values, lengths, gains), keys, values
+    states = joined.unflatten(2, (-1, cache.head_dim)).transpose(1, 2)
+    queries, keys, values = states.split([states.shape[1] - 2 * cache.heads, cache.heads, cache.heads], 1)
+    if gains is not None:
+        queries, keys = _norm(queries, gains[0], gains[2]), _norm(keys, gains[1], gains[2])
+    cos, sin = cos[:, None], sin[:, None]
+    return rotate(queries, cos, sin), *cache.write(layer, rotate(keys, cos, sin), values)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d / 2) of x (B, heads, N, d), as Llama and Qwen do."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The kernels, where they run on x: on a GPU with Triton, for the dtypes that models have there."""
+    if not x.is_cuda or x.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+        return None
+    return _kernels(x.device)
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    try:
+        kernels = importlib.import_module("speculens.kernels")
+        kernels.swiglu(torch.zeros(1, 2, device=device))  # compilers and drivers fail here or not at all
+    except Exception as error:  # noqa: BLE001 - whatever it is, plain torch does the same
+        log.warning("No Triton kernels on %s, plain torch instead: %s", device, str(error).strip().split("\n")[0])
+        return None
+    return kernels

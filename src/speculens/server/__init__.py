@@ -1,0 +1,1 @@
+"""Any OpenAI client can talk to it: HTTP in one process, the engine in another."""

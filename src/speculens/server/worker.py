@@ -1,0 +1,369 @@
+"""The process that computes: one engine on one thread, and threads beside it that read pictures.
+
+Between two steps it listens, admits what waits into free slots and forgets what nobody waits for any more. An exception
+of one request is that request's; one of a step is the end of the process, which the supervisor notices.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from speculens.answer import runs
+from speculens.checkpoints import load_drafter
+from speculens.conversation import Conversation, load_image
+from speculens.conversation import Message as Turn
+from speculens.drafters import NoDrafter
+from speculens.drafters.base import reshaped
+from speculens.engine import Engine, Slot, Step
+from speculens.errors import UserError
+from speculens.sampling import Logprob, Sampling
+from speculens.server.errors import origin_of
+from speculens.server.settings import Limits, Model
+from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal
+from speculens.targets import Prompt, Target, load_target
+from speculens.text import TextStream
+from speculens.tree import DraftTree
+
+log = logging.getLogger(__name__)
+
+READERS = 2  # threads that decode pictures
+LOWEST = -9999.0  # for minus infinity, which JSON lacks; OpenAI's number
+SEEDS = 1 << 64
+
+
+def main(pipe: Any, model: Model, limits: Limits) -> None:
+    """Serve a pipe until its other end closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides what ends when
+        signal.signal(number, signal.SIG_IGN)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        engine, alone = load(model)
+        pipe.send([Ready(facts(model, engine))])
+        Worker(pipe, engine, alone, limits).run()
+    except UserError as error:
+        pipe.send([Broken(" ".join(str(error).split()))])
+    except (BrokenPipeError, ConnectionResetError):  # the parent has gone
+        return
+    except BaseException as error:
+        pipe.send([Broken(f"the engine failed ({type(error).__name__})")])
+        raise
+
+
+def load(model: Model) -> tuple[Engine, Engine | None]:
+    """The engine, and the one without a drafter if it is wanted. Raises UserError."""
+    target = load_target(
+        model.target, dtype=model.dtype, device=model.device, device_map=model.device_map, revision=model.revision
+    )
+    drafter = load_drafter(model.drafter, dtype=target.dtype, device=target.device, target=target)
+    shape = reshaped(drafter, model.tree)
+    engine = Engine(target, drafter, slots=model.slots, capacity=model.length, shape=shape)
+    alone = Engine(target, NoDrafter(), slots=1, capacity=engine.capacity) if model.baseline else None
+    return engine, alone
+
+
+def facts(model: Model, engine: Engine) -> dict[str, Any]:
+    """What clients may know of the model."""
+    described = engine.drafter.describe()
+    return {
+        "family": engine.target.family,
+        "drafter": engine.drafter.name,
+        "tree": {**described.get("tree", {}), **model.tree},
+        "max_model_len": engine.capacity,
+        "slots": engine.slots,
+        "baseline": model.baseline,
+    }
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way. `left` counts the choices that have not ended; at 0 it is forgotten."""
+
+    ask: Ask
+    deadline: float
+    prompt: Prompt | None = None
+    over: bool = False
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.ask.choices
+
+
+@dataclass(eq=False)
+class Choice:
+    """One of a request's answers, waiting or running."""
+
+    request: Request
+    number: int
+    words: TextStream
+    slot: Slot | None = None
+
+
+@dataclass(eq=False)
+class Lane:
+    """An engine, those that run in it and those that wait for it."""
+
+    engine: Engine
+    waiting: deque[Choice] = field(default_factory=deque)
+    running: dict[Slot, Choice] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
+Item: TypeAlias = tuple[Request, Prompt | Refusal] | Cancel | None
+"""What the other threads tell the engine's: a request that was read or cannot be, one to forget, or the end."""
+
+
+class Worker:
+    """Steps the engines and tells the pipe what they say."""
+
+    def __init__(self, pipe: Any, engine: Engine, alone: Engine | None, limits: Limits) -> None:
+        self._pipe, self._limits = pipe, limits
+        self._drafting, self._alone = Lane(engine), Lane(alone) if alone else None
+        self._lanes = [lane for lane in (self._drafting, self._alone) if lane]
+        self._target: Target = engine.target
+        self._requests: dict[int, Request] = {}
+        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._events: list[Event] = []
+        self._occupied = 0
+        self._encoding = threading.Lock()  # tokenizers do not like to be shared
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="speculens-reader")
+
+    def run(self) -> None:
+        """Until the pipe's other end closes."""
+        threading.Thread(target=self._hear, name="speculens-ear", daemon=True).start()
+        try:
+            while self._listen():
+                self._cut_late()
+                for lane in self._lanes:
+                    self._admit(lane)
+                    self._step(lane)
+                self._report()
+        finally:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _report(self) -> None:
+        occupied = sum(len(lane.engine.running) for lane in self._lanes)
+        if occupied != self._occupied:
+            self._occupied = occupied
+            self._events.append(Occupied(occupied))
+        if self._events:
+            self._pipe.send(self._events)
+            self._events = []
+
+    # The other threads
+
+    def _hear(self) -> None:
+        while True:
+            try:
+                command = self._pipe.recv()
+            except (EOFError, OSError):
+                self._inbox.put(None)
+                return
+            if isinstance(command, Ask):
+                request = Request(command, time.monotonic() + command.seconds)
+                self._requests[command.number] = request
+                self._readers.submit(self._read, request)
+            else:
+                self._inbox.put(command)
+
+    def _read(self, request: Request) -> None:
+        """Pictures and words to a prompt, beside the running engine."""
+        number = request.ask.number
+        try:
+            if request.over:
+                return
+            turns = tuple(Turn(role, tuple(map(self._part, content))) for role, content in request.ask.messages)
+            with self._encoding:
+                prompt = self._target.encode(Conversation(turns))
+            self._inbox.put((request, prompt))
+        except UserError as error:
+            self._inbox.put((request, Refusal(number, 400, " ".join(str(error).split()))))
+        except Exception as error:  # noqa: BLE001 - whatever a picture or a processor does is this request's affair
+            self._inbox.put((request, _fault(number, error)))
+
+    def _part(self, part: str | bytes) -> Any:
+        limits = self._limits
+        if isinstance(part, str):
+            return part
+        return load_image(part, max_pixels=limits.image_pixels, max_bytes=limits.image_bytes)
+
+    # The engine's thread
+
+    def _listen(self) -> bool:
+        """Take in what has arrived; wait for it if there is nothing to do. False when the pipe has ended."""
+        idle = not any(lane.busy for lane in self._lanes)
+        while True:
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            match item:
+                case None:
+                    return False
+                case Cancel(number):
+                    if request := self._requests.get(number):
+                        self._forget(request)
+                case (request, Refusal() as refusal):
+                    self._refuse(request, refusal)
+                case (request, prompt):
+                    self._enqueue(request, prompt)
+
+    def _enqueue(self, request: Request, prompt: Prompt) -> None:
+        if request.over:
+            return
+        request.prompt = prompt
+        lane = self._alone if request.ask.baseline else self._drafting
+        if lane is None:
+            self._refuse(request, Refusal(request.ask.number, 400, "This server runs without a baseline."))
+            return
+        tokenizer = self._target.tokenizer
+        lane.waiting.extend(Choice(request, number, TextStream(tokenizer)) for number in range(request.ask.choices))
+
+    def _admit(self, lane: Lane) -> None:
+        """Waiting choices into free slots, the oldest first."""
+        while lane.waiting and len(lane.engine.running) < lane.engine.slots:
+            choice = lane.waiting.popleft()
+            number, prompt = choice.request.ask.number, choice.request.prompt
+            try:
+                assert prompt is not None  # noqa: S101 - it was set before the choice came to wait
+                step = lane.engine.admit(prompt, self._sampling(lane.engine, choice))
+            except UserError as error:
+                self._refuse(choice.request, Refusal(number, 400, " ".join(str(error).split())))
+            except torch.OutOfMemoryError:
+                self._refuse(choice.request, Refusal(number, 503, "There is not enough memory for this prompt now."))
+            except Exception as error:  # noqa: BLE001 - the engine is as it was before
+                self._refuse(choice.request, _fault(number, error))
+            else:
+                choice.slot = step.slot
+                lane.running[step.slot] = choice
+                self._tell(lane, step)
+
+    @staticmethod
+    def _sampling(engine: Engine, choice: Choice) -> Sampling:
+        ask, prompt = choice.request.ask, choice.request.prompt
+        room = max(engine.capacity - len(prompt or ()), 1)
+        seed = (ask.sampling["seed"] + choice.number + SEEDS // 2) % SEEDS - SEEDS // 2
+        return Sampling(**{**ask.sampling, "seed": seed, "max_new_tokens": ask.max_tokens or room})
+
+    def _step(self, lane: Lane) -> None:
+        for step in lane.engine.step():
+            self._tell(lane, step)
+
+    def _tell(self, lane: Lane, step: Step) -> None:
+        choice = lane.running[step.slot]
+        request = choice.request
+        tokenizer = self._target.tokenizer
+        finish = step.slot.finish_reason
+        self._events.append(
+            Piece(
+                number=request.ask.number,
+                choice=choice.number,
+                runs=tuple((run.text, run.drafted) for run in runs(choice.words, step)),
+                tokens=len(step.tokens),
+                accepted=step.accepted,
+                prompt_tokens=len(step.slot.prompt),
+                logprobs=tuple(_named(tokenizer, entry) for entry in step.logprobs),
+                tree=picture(tokenizer, step.tree, step.tokens[: step.accepted])
+                if request.ask.steps and step.tree
+                else None,
+                finish_reason=finish,
+                stats=step.slot.stats if finish else None,
+            )
+        )
+        if finish:
+            self._leave(lane, choice)
+
+    def _cut_late(self) -> None:
+        """End what has had its time: what runs keeps what it has, what waits is refused."""
+        now = time.monotonic()
+        for lane in self._lanes:
+            for choice in [choice for choice in lane.running.values() if choice.request.deadline < now]:
+                self._cut(lane, choice)
+        for request in list(self._requests.values()):  # another thread adds to it
+            if request.deadline < now:
+                late = "No slot was free before the request's time was up."
+                self._refuse(request, Refusal(request.ask.number, 503, late))
+
+    def _cut(self, lane: Lane, choice: Choice) -> None:
+        slot, ask = choice.slot, choice.request.ask
+        if slot is None:
+            return
+        lane.engine.cancel(slot)
+        self._events.append(
+            Piece(ask.number, choice.number, (), 0, 0, len(slot.prompt), finish_reason="length", stats=slot.stats)
+        )
+        self._leave(lane, choice)
+
+    def _leave(self, lane: Lane, choice: Choice) -> None:
+        if choice.slot:
+            lane.running.pop(choice.slot, None)
+        choice.request.left -= 1
+        if choice.request.left == 0:
+            self._forget(choice.request)
+
+    def _refuse(self, request: Request, refusal: Refusal) -> None:
+        if not request.over:
+            self._events.append(refusal)
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """Take a request out of everything; its slots are free from now on."""
+        request.over = True
+        self._requests.pop(request.ask.number, None)
+        for lane in self._lanes:
+            lane.waiting = deque(choice for choice in lane.waiting if choice.request is not request)
+            for slot in [slot for slot, choice in lane.running.items() if choice.request is request]:
+                del lane.running[slot]
+                lane.engine.cancel(slot)
+
+
+def _fault(number: int, error: Exception) -> Refusal:
+    """Our own mistake, or the model's: where it happened goes to the log, and nothing of what was asked."""
+    log.error("request %d failed: %s at %s", number, type(error).__name__, origin_of(error))
+    return Refusal(number, 500, f"The model failed on this request ({type(error).__name__}).")
+
+
+def picture(tokenizer: Any, tree: DraftTree, kept: list[int]) -> Mapping[str, Any]:
+    """A tree of one slot for the eyes: pieces of text, parents, and the nodes of the accepted path, the root first.
+
+    kept  the drafted tokens that were emitted
+    """
+    tokens, parents, live = (part[0].tolist() for part in (tree.tokens, tree.parents, tree.live))
+    shown = [node for node in range(len(tokens)) if live[node] or node == 0]
+    place = {node: index for index, node in enumerate(shown)}
+    children = {(parents[node], tokens[node]): node for node in shown if node}
+    path = [0]
+    for token in kept:
+        path.append(children[path[-1], token])
+    return {
+        "tokens": [tokenizer.decode([tokens[node]]) for node in shown],
+        "parents": [place[parents[node]] for node in shown],
+        "accepted": [place[node] for node in path],
+    }
+
+
+def _named(tokenizer: Any, entry: Logprob) -> dict[str, Any]:
+    """OpenAI's object of one token."""
+    one = {**_priced(tokenizer, entry.token, entry.logprob)}
+    return one | {"top_logprobs": [_priced(tokenizer, token, logprob) for token, logprob in entry.top]}
+
+
+def _priced(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
+    text = tokenizer.decode([token])
+    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}

@@ -1,0 +1,174 @@
+"""The target's text decoder with fewer, larger operations, over the model's own weights. For scoring only.
+
+A pass over a few nodes is bound by reading weights and by gaps between kernels; Hugging Face's decoder makes 30 kernels
+a layer of what can be ten. This one serves the common build: pre-norm attention with RoPE and a gated SiLU MLP, as in
+Llama, Qwen2 and Qwen3. Whether a decoder is built so is asked of its modules, and whether it then computes the same is
+tried out on a few rows; any other decoder stays with Hugging Face. Prefill always does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculens.attention import TreeMask, tree_attention
+from speculens.cache import SlotCache
+from speculens.ops import Gains, Joined, add_norm, linear, rotate_into, swiglu
+
+log = logging.getLogger(__name__)
+
+DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+HEAD_NORMS = {"q_norm", "k_norm"}
+GATES = ("gate_proj", "up_proj")
+TRIAL_ROWS = 8
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights. `window` is its sliding window, `gains` its norms on queries and keys."""
+
+    input_norm: Any
+    post_norm: Any
+    qkv: Joined
+    output: nn.Linear
+    gate_up: Joined
+    down: nn.Linear
+    scale: float
+    window: int | None
+    gains: Gains | None
+
+
+class FusedDecoder:
+    """Scores new rows as the decoder that it is made of would. Raises ValueError if that is not built as expected.
+
+    Weights stay where they are: those of one layer's projections are joined, and the decoder's own become views.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        if fault := next(_faults(decoder), None):
+            raise ValueError(fault)
+        self._decoder = decoder
+        self._layers = [_layer(layer) for layer in decoder.layers]
+        self._axes = 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
+        self._check()
+
+    @property
+    def intact(self) -> bool:
+        """Whether the decoder's weights are still those that were joined: casting or moving a model ends that."""
+        return all(joined.intact for layer in self._layers for joined in (layer.qkv, layer.gate_up))
+
+    def __call__(self, embeds: Tensor, positions: Tensor, cache: SlotCache, mask: TreeMask) -> Tensor:
+        """Rows (B, N, H) at positions (B, N), written where the cache was last aimed -> hidden states (B, N, H).
+
+        In a drafted row all axes of an M-RoPE position are the same number.
+        """
+        axes = positions.expand(self._axes, -1, -1) if self._axes > 1 else positions
+        cos, sin = self._decoder.rotary_emb(embeds, axes)
+        stream, update = embeds, None
+        for number, layer in enumerate(self._layers):
+            stream, rows = _add_norm(stream, update, layer.input_norm)
+            states = rotate_into(cache, number, layer.qkv(rows), cos, sin, mask.lengths, layer.gains)
+            mixed = tree_attention(*states, mask, layer.scale, layer.window)
+            update = linear(mixed.transpose(1, 2).flatten(2), layer.output.weight, layer.output.bias)
+            stream, rows = _add_norm(stream, update, layer.post_norm)
+            update = linear(swiglu(layer.gate_up(rows)), layer.down.weight, layer.down.bias)
+        return _add_norm(stream, update, self._decoder.norm)[1]
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Try it beside the decoder: another activation, norm, rotation or multiplier shows at once.
+
+        Bounds are far above what rounding makes of deep half-precision models, and far below what a change of
+        arithmetic makes.
+        """
+        embedding = self._decoder.embed_tokens
+        device, dtype = embedding.weight.device, embedding.weight.dtype
+        tokens = torch.arange(TRIAL_ROWS, device=device)[None] * (len(embedding.weight) // TRIAL_ROWS)
+        embeds = embedding(tokens)
+        theirs = self._decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        attention = self._decoder.layers[0].self_attn
+        cache = SlotCache(
+            slots=1,
+            capacity=TRIAL_ROWS,
+            heads=attention.k_proj.out_features // attention.head_dim,
+            head_dim=attention.head_dim,
+            dtype=dtype,
+            devices=[device] * len(self._layers),
+        )
+        cache.admit()
+        cache.aim(range(1), TRIAL_ROWS)
+        before = torch.ones(1, TRIAL_ROWS, TRIAL_ROWS, dtype=torch.bool, device=device).tril()
+        positions = torch.arange(TRIAL_ROWS, device=device)[None]
+        ours = self(embeds, positions, cache, TreeMask(cache.lengths, before, positions))
+        error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+        bound = 0.1 if dtype.itemsize == 2 else 1e-3
+        if not error < bound:
+            raise ValueError(f"its outputs differ from what fused layers compute (relative error {error:.1e})")
+
+
+def fuse(decoder: nn.Module) -> FusedDecoder | None:
+    """The fused form of a decoder, or None, with a line in the log, where it must stay as it is."""
+    try:
+        return FusedDecoder(decoder)
+    except Exception as error:  # noqa: BLE001 - a device or compiler may fail in any way; the decoder itself remains
+        log.info("%s is used as it is: %s", type(decoder).__name__, error)
+        return None
+
+
+def _add_norm(stream: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    return add_norm(stream, update, norm.weight, norm.variance_epsilon)
+
+
+def _faults(decoder: Any) -> Iterator[str]:
+    """What about a decoder is not of the common build. Only the first is sure to be named."""
+    if _children(decoder) != DECODER:
+        yield f"it consists of {', '.join(sorted(_children(decoder)))}"
+    if not all(hasattr(norm, "variance_epsilon") for name, norm in decoder.named_modules() if name.endswith("norm")):
+        yield "its norms are of another kind"
+    if len({p.device for p in decoder.parameters()}) != 1:
+        yield "it is spread over several devices"
+    for layer in decoder.layers:
+        if _children(layer) != LAYER:
+            yield f"its layers consist of {', '.join(sorted(_children(layer)))}"
+        attention, mlp = layer.self_attn, layer.mlp
+        extra = _children(attention) - {*PROJECTIONS, "o_proj", "rotary_emb"}
+        if extra not in (set(), HEAD_NORMS) or _children(mlp) != {*GATES, "down_proj", "act_fn"}:
+            yield "its attention or MLP has other parts"
+        groups = [_named(attention, PROJECTIONS), _named(mlp, GATES), [attention.o_proj], [mlp.down_proj]]
+        if not all(Joined.possible(group) for group in groups):
+            yield "its projections are not plain linear layers"
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):  # noqa: SLF001
+            yield "something listens to its layers"
+
+
+def _layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    gains = None
+    if _children(attention) >= HEAD_NORMS:
+        gains = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+    return _Layer(
+        input_norm=layer.input_layernorm,
+        post_norm=layer.post_attention_layernorm,
+        qkv=Joined(_named(attention, PROJECTIONS)),
+        output=attention.o_proj,
+        gate_up=Joined(_named(mlp, GATES)),
+        down=mlp.down_proj,
+        scale=attention.scaling,
+        window=getattr(attention, "sliding_window", None),
+        gains=gains,
+    )
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    return [getattr(module, name) for name in names]

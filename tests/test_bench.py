@@ -1,0 +1,590 @@
+"""Measuring: what a run records, how it goes on after a kill, what its figures mean, and what it draws."""
+
+import builtins
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import oracle
+import tiny
+from speculens import Conversation, Engine, Sampling, UserError, cli
+from speculens.answer import Answer, ask
+from speculens.bench import figures, peers, report, suites, tables
+from speculens.bench.measure import Bench, Contender, gap, walk
+from speculens.bench.record import NONE, Record, RunFolder, read_records
+from speculens.checkpoints import save_drafter
+from speculens.data.respond import Asking
+from speculens.drafters import LookupDrafter
+from speculens.engine import Generation
+from speculens.stats import Stats
+from speculens.targets import Target
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(tiny.model("llava"), tiny.processor("llava"))
+
+
+@pytest.fixture(scope="module")
+def drafters():
+    return {"shelf/eagle": oracle.random_eagle("llava"), "lookup": LookupDrafter()}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Three rows; the second asks twice."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for number, asked in enumerate([["What is in the picture?"], ["What is it?", "Are you sure?"], ["Describe it."]]):
+        tiny.picture(number).save(folder / f"{number}.png")
+        row = {"id": f"q{number}", "image": f"{number}.png", "turns": asked, "topic": "ab"[number % 2]}
+        rows.append(json.dumps(row))
+    (folder / "mmspec.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def bench(target, drafters, questions):
+    return Bench(
+        target, drafters, suites.load_suite("mmspec", [questions]), Asking(temperature=0, max_new_tokens=TOKENS)
+    )
+
+
+def begin(bench, path, **options: bool):
+    return RunFolder(path, bench.setting(target="tiny", suite="mmspec"), **options)
+
+
+# --- measuring
+
+
+def test_everybody_answers_every_turn_and_says_what_the_target_says(bench, target, tmp_path):
+    bench.run(begin(bench, tmp_path / "run"))
+    records = read_records(tmp_path / "run")
+    assert [(record.case, record.turn, record.topic) for record in records] == [
+        ("q0", 0, "a"),
+        ("q1", 0, "b"),
+        ("q1", 1, "b"),
+        ("q2", 0, "a"),
+    ]
+    assert all(list(record.answers) in ([*bench.drafters], [*bench.drafters][::-1]) for record in records)
+    conversation = Conversation(bench.cases[1].conversation().messages[:1])
+    for record in records[1:3]:  # the second turn follows on the target's own first answer
+        wanted = Engine(target, capacity=256).generate(conversation, Sampling(max_new_tokens=TOKENS))
+        assert {tuple(answer.generation.tokens) for answer in record.answers.values()} == {tuple(wanted.tokens)}
+        prompt = target.encode(conversation)
+        assert (record.prompt_tokens, record.image_tokens) == (len(prompt), int(prompt.image.sum()))
+        conversation = conversation.then("assistant", wanted.text.lstrip()).then("user", "Are you sure?")
+    assert all(not record.gaps for record in records)
+
+
+def test_sampled_answers_are_the_targets_too_and_every_question_has_a_seed_of_its_own(
+    target, drafters, questions, tmp_path
+):
+    cases = [
+        replace(case, row={**case.row, "turns": ["Describe it."], "image": "0.png"})
+        for case in suites.load_suite("mmspec", [questions])[:2]
+    ]
+    bench = Bench(target, drafters, cases, Asking(temperature=1.0, max_new_tokens=TOKENS))
+    bench.run(begin(bench, tmp_path))
+    said = [
+        {tuple(answer.generation.tokens) for answer in record.answers.values()} for record in read_records(tmp_path)
+    ]
+    assert [len(answers) for answers in said] == [1, 1]
+    assert said[0] != said[1]
+
+
+def test_the_order_turns_round_from_case_to_case(target, questions, tmp_path):
+    calls = []
+
+    def watched(name):
+        def answer(prompt, sampling):
+            calls.append(name)
+            return ask(Engine(target, capacity=256), prompt, sampling)
+
+        return Contender(name, answer, loop="another")
+
+    cases = suites.load_suite("mmspec", [questions])
+    bench = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=2), others=[watched("x"), watched("y")])
+    bench.run(begin(bench, tmp_path))
+    assert calls[-8:] == ["y", "x", "x", "y", "x", "y", "y", "x"]  # before that, warm-up
+
+
+def test_where_answers_part_is_told_with_the_gap_of_the_targets_logits(target, questions, tmp_path):
+    def liar(prompt, sampling):
+        told = ask(Engine(target, capacity=256), prompt, sampling)
+        tokens = [*told.generation.tokens]
+        tokens[4] += 1
+        return replace(told, generation=replace(told.generation, tokens=tokens))
+
+    cases = suites.load_suite("mmspec", [questions])[:1]
+    asking = Asking(temperature=0, max_new_tokens=TOKENS)
+    bench = Bench(target, {}, cases, asking, others=[Contender("liar", liar, loop="another")])
+    folder = begin(bench, tmp_path)
+    bench.run(folder)
+    (record,) = read_records(tmp_path)
+    prompt = target.encode(Conversation(cases[0].conversation().messages[:1]))
+    inputs = {**prompt.inputs}
+    own = torch.tensor([record.answers[NONE].generation.tokens[:4]])
+    inputs["input_ids"] = torch.cat([prompt.inputs["input_ids"], own], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    best, second = target.model(**inputs).logits[0, -1].float().topk(2).values.tolist()
+    assert record.gaps["liar"] == pytest.approx(best - second, abs=1e-5)
+    summary = figures.conclude(folder)
+    assert summary["drafters"]["liar"]["differences"] == [
+        {"case": "q0", "turn": 0, "token": 4, "gap": record.gaps["liar"]}
+    ]
+    assert tables.exactness(summary)[0] == "liar: 0 of 1 answers equal the target's own"
+    assert tables.exactness(summary)[1].startswith("  q0: parts at token 4, ")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=5)])
+@pytest.mark.parametrize("place", [0, 3])
+def test_the_best_of_the_two_choices_is_what_the_target_said(target, sampling, place):
+    """The gap is of the very scores that choose: taking its best token away changes the answer there, by that much."""
+    prompt = target.encode(tiny.conversation("llava"))
+    said = Engine(target, capacity=256).generate(prompt, replace(sampling, max_new_tokens=6)).tokens
+    scores = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.Tensor.topk
+        patch.setattr(torch.Tensor, "topk", lambda self, k: scores.append(self) or real(self, k))
+        apart = gap(target, prompt, said[:place], sampling)
+    assert int(scores[-1].argmax()) == said[place]
+    assert apart > 0
+
+
+def test_a_peer_that_fails_takes_nothing_from_the_others(target, questions, tmp_path):
+    calls = []
+
+    def fail(prompt, sampling):
+        calls.append(prompt)
+        if len(calls) > 1:  # the first is warm-up
+            raise UserError("It cannot.")
+        return ask(Engine(target, capacity=256), prompt, sampling)
+
+    cases = suites.load_suite("mmspec", [questions])[:1]
+    bench = Bench(
+        target, {}, cases, Asking(temperature=0, max_new_tokens=4), others=[Contender("peer", fail, "another")]
+    )
+    folder = begin(bench, tmp_path)
+    bench.run(folder)
+    summary = figures.conclude(folder)
+    assert summary["drafters"]["peer"]["failures"] == {"It cannot.": 1}
+    assert summary["drafters"]["peer"]["all"] is None
+    assert summary["drafters"][NONE]["all"]["questions"] == 1
+    assert tables.failures(summary) == ["peer could not answer 1: It cannot."]
+
+
+def test_a_bad_picture_costs_its_own_case_only(target, questions, tmp_path):
+    lines = (questions / "mmspec.jsonl").read_text().splitlines()
+    for picture in questions.glob("*.png"):
+        (tmp_path / picture.name).write_bytes(picture.read_bytes() if picture.stem != "0" else b"no picture")
+    (tmp_path / "mmspec.jsonl").write_text("\n".join(lines))
+    bench = Bench(target, {}, suites.load_suite("mmspec", [tmp_path]), Asking(temperature=0, max_new_tokens=2))
+    folder = begin(bench, tmp_path / "run")
+    bench.run(folder)
+    summary = figures.conclude(folder, bench.errors)
+    assert [*summary["errors"]] == ["q0"]
+    assert summary["cases"] == 2
+
+
+def test_a_case_without_room_is_refused_with_both_numbers(target, questions, tmp_path):
+    cases = suites.load_suite("mmspec", [questions])[:1]
+    bench = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=2), capacity=8)
+    bench.run(begin(bench, tmp_path))
+    assert re.search(r"q0 may need \d+ rows.* room for 8", bench.errors["q0"])
+
+
+# --- going on
+
+
+class KillError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_measures_no_case_twice(bench, tmp_path):
+    def kill(progress):
+        if progress.done == 2:
+            raise KillError
+
+    with pytest.raises(KillError):
+        bench.run(begin(bench, tmp_path / "run"), kill)
+    file = tmp_path / "run" / "records.jsonl"
+    before = file.read_bytes()
+    with file.open("ab") as records:
+        records.write(b'{"id": "q2", "number": 2, "tur')  # the line that was under way
+    seen = []
+    bench.run(
+        begin(bench, tmp_path / "run", resume=True), lambda progress: seen.append((progress.done, progress.total))
+    )
+    assert seen == [(2, 3), (3, 3)]
+    assert file.read_bytes().startswith(before)
+    assert [record.case for record in read_records(tmp_path / "run")] == ["q0", "q1", "q1", "q2"]
+
+
+def test_a_run_is_gone_on_with_under_its_own_setting_only(bench, target, drafters, tmp_path):
+    begin(bench, tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run already: go on with it by --resume"):
+        begin(bench, tmp_path / "run")
+    other = Bench(target, drafters, bench.cases, Asking(temperature=0, max_new_tokens=TOKENS + 1))
+    with pytest.raises(UserError, match=r"made with asking\.max_new_tokens 6, not 7"):
+        begin(other, tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").touch()
+    with pytest.raises(UserError, match="holds something else than a run"):
+        begin(bench, tmp_path / "other", resume=True)
+
+
+# --- figures
+
+
+def answered(tokens, seconds, first=0.0, accepted=0):
+    """`accepted` drafted tokens are kept in every pass but, as may be, the last."""
+    stats, left = Stats(), tokens - 1
+    while left:
+        now = min(accepted + 1, left)
+        stats.add_pass(now, min(accepted, now), 2 * accepted)
+        left -= now
+    return Answer(Generation([*range(tokens)], "", "stop", stats), (), seconds, first)
+
+
+def record(case, topic, own, mine, turn=0):
+    return Record(case, topic, turn, 20, 4, {NONE: own, "x": mine})
+
+
+RECORDS = [
+    record("p", "a", answered(9, 8.0, 2.0), answered(9, 4.0, 2.0, accepted=3)),
+    record("q", "b", answered(5, 4.0, 1.0), answered(5, 4.0, 1.0, accepted=1)),
+    record("q", "b", answered(5, 6.0, 1.0), answered(5, 2.0, 1.0, accepted=1), turn=1),
+]
+
+
+def test_figures_by_hand():
+    got = figures.figures("x", RECORDS)
+    assert got["walltime_speedup"] == 18 / 10
+    assert got["walltime_speedup_median"] == 2
+    assert got["walltime_speedup_quartiles"] == [1.5, 2.5]
+    assert got["decode_speedup"] == 14 / 6
+    assert got["mean_acceptance_length"] == 16 / 6  # 8 tokens in 2 passes, 4 in 2, 4 in 2
+    assert got["mean_accepted_tokens"] == (6 + 2 + 2) / 6
+    assert got["acceptance_rate_per_position"] == [1, 2 / 6, 2 / 6]
+    assert got["efficiency"] == pytest.approx(1.8 / (16 / 6))
+    assert got["seconds_per_pass"] == 1
+    assert got["time_to_first_token"] == 1
+    assert got["tokens_per_second"] == 1.9
+    assert got["exact"] == 1
+    assert "draft_time_fraction" not in got  # nobody waited for the device
+
+
+def test_an_interval_holds_the_figure_is_seeded_and_draws_whole_conversations():
+    got = figures.figures("x", RECORDS)
+    low, high = got["walltime_speedup_interval"]
+    assert low < got["walltime_speedup"] < high
+    assert got == figures.figures("x", RECORDS)
+    # Two conversations: their speedups 8/4 and 10/6 are the extremes, whatever the turns within.
+    assert (low, high) == (pytest.approx(10 / 6), pytest.approx(2))
+    assert figures.figures("x", RECORDS[:1])["walltime_speedup_interval"] is None
+
+
+def test_a_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        below = rng.uniform(1, 2, 40)
+        low, high = figures.bootstrap(below * rng.normal(1.5, 0.3, 40), below)
+        hits += low <= 1.5 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+# --- one prompt, step by step
+
+
+@pytest.mark.parametrize("name", ["shelf/eagle", "lookup"])
+def test_a_walk_tells_the_trees_and_the_way_through_them(target, drafters, name):
+    prompt = target.encode(tiny.conversation("llava"))
+    sampling = Sampling(max_new_tokens=TOKENS)
+    steps = walk(Engine(target, drafters[name], capacity=128), prompt, sampling)
+    said = Engine(target, capacity=128).generate(prompt, sampling)
+    spelt = [target.tokenizer.decode([token]) for token in said.tokens]
+    assert [token for step in steps for token in step["tokens"]] == spelt
+    root = steps[0]["tokens"][-1]
+    for step in steps[1:]:
+        assert step["nodes"][0] == root
+        assert [step["nodes"][node] for node in step["path"][1:]] == step["tokens"][: step["accepted"]]
+        assert all(
+            step["parents"][below] == above for above, below in zip(step["path"], step["path"][1:], strict=False)
+        )
+        root = step["tokens"][-1]
+
+
+# --- suites
+
+
+def picture(file: Path):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (28, 28)).save(file)
+
+
+def lines(rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+LAYOUTS = {
+    "scienceqa": (
+        {
+            "problems.json": {
+                "1": {
+                    "question": "Which?",
+                    "choices": ["red", "blue"],
+                    "hint": "Look.",
+                    "image": "image.png",
+                    "subject": "art",
+                },
+                "2": {"question": "What?", "choices": ["x"], "hint": "", "image": None, "subject": "art"},
+                "3": {"question": "Not asked?", "choices": ["x"], "hint": "", "image": "image.png", "subject": "art"},
+            },
+            "pid_splits.json": {"train": ["3"], "test": ["2", "1"]},
+        },
+        ["images/test/1/image.png"],
+        (
+            "Context: Look.\nQuestion: Which?\nOptions: (A) red (B) blue\n"
+            'Please answer with an explanation; the answer should begin with "The answer is".'
+        ),
+    ),
+    "mm-vet": (
+        {"mm-vet.json": {"v1_0": {"imagename": "v1_0.png", "question": "What is x?", "capability": ["ocr", "math"]}}},
+        ["images/v1_0.png"],
+        "What is x?\nPlease answer with an explanation.",
+    ),
+    "textvqa": (
+        {"TextVQA_0.5.1_val.json": {"data": [{"question": "Brand?", "question_id": 7, "image_id": "ab"}]}},
+        ["train_images/ab.jpg"],
+        "Brand?\nRead all text in the image, and answer with a detailed explanation of the process.",
+    ),
+    "mme": (
+        {
+            "llava_mme.jsonl": [
+                {"question_id": "a/1.png", "image": "a/1.png", "text": "Cat?\nYes or no.", "category": "a"}
+            ]
+        },
+        ["MME_Benchmark_release_version/MME_Benchmark/a/1.png"],
+        "Cat?\nPlease answer with an explanation.",
+    ),
+    "coco": (
+        {
+            "dataset_coco.json": {
+                "images": [
+                    {"imgid": 1, "split": "train", "filepath": "val2014", "filename": "1.jpg"},
+                    {"imgid": 2, "split": "test", "filepath": "val2014", "filename": "2.jpg"},
+                    {"imgid": 2, "split": "test", "filepath": "val2014", "filename": "2.jpg"},
+                ]
+            }
+        },
+        ["val2014/2.jpg"],
+        "Please provide a detailed description of the given image.",
+    ),
+    "vizwiz": (
+        {"test.json": [{"image": "V_1.jpg", "question": "What is this?"}]},
+        ["test/V_1.jpg"],
+        "What is this?\nPlease answer with an explanation.",
+    ),
+    "gqa": (
+        {"llava_gqa_testdev_balanced.jsonl": [{"question_id": "9", "image": "n1.jpg", "text": "Left?\nOne word."}]},
+        ["images/n1.jpg"],
+        "Left?\nPlease answer with an explanation.",
+    ),
+    "seed-bench": (
+        {
+            "llava-seed-bench.jsonl": [
+                {"question_id": "v", "image": "SEED-Bench-video-image/1.png", "text": "Moves?"},
+                {"question_id": "i", "image": "SEED-Bench-image/2", "text": "Where?\nA. here"},
+            ]
+        },
+        ["SEED-Bench-image/2"],
+        "Where?\nPlease answer with an explanation.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_is_read_as_it_lies(name, tmp_path):
+    files, pictures, prompt = LAYOUTS[name]
+    for file, content in files.items():
+        (tmp_path / file).write_text(lines(content) if file.endswith("jsonl") else json.dumps(content))
+    for file in pictures:
+        picture(tmp_path / file if Path(file).suffix else tmp_path / f"{file}.png")
+        if not Path(file).suffix:
+            (tmp_path / f"{file}.png").rename(tmp_path / file)
+    (case,) = suites.load_suite(name, [tmp_path])
+    text, shown = case.conversation().messages[0].content  # the paper's code puts the picture behind the text
+    assert (text, shown.size) == (prompt, (28, 28))
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "mmspec", "jsonl"])
+def test_a_missing_data_set_says_what_to_fetch(name, tmp_path):
+    for data in ([], [tmp_path]):
+        with pytest.raises(UserError) as caught:
+            suites.load_suite(name, data)
+        assert suites.suites()[name]["fetch"] in str(caught.value)
+
+
+def test_the_eight_are_there_and_every_suite_says_what_it_is():
+    assert [*LAYOUTS] == [*suites.suites()][3:]
+    for about in suites.suites().values():
+        assert {"about", "licence", "fetch"} <= about.keys()
+    with pytest.raises(UserError, match="There is no suite 'coca': known are testbed, "):
+        suites.load_suite("coca")
+
+
+def test_samples_are_drawn_as_the_papers_code_draws(tmp_path):
+    rows = [{"image": f"{number}.jpg", "question": "?"} for number in range(150)]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    order = np.random.default_rng(42).permutation(150)[:100]  # what the hub's shuffle(seed=42) does
+    assert [case.name for case in suites.load_suite("vizwiz", [tmp_path])] == [f"{number}.jpg" for number in order]
+    keys = [str(number) for number in range(150)]
+    problem = {"question": "?", "choices": [], "hint": "", "image": "image.png", "subject": "x"}
+    (tmp_path / "problems.json").write_text(json.dumps(dict.fromkeys(keys, problem)))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": keys}))
+    random.seed(42)
+    assert [case.name for case in suites.load_suite("scienceqa", [tmp_path])] == random.sample(keys, 100)
+
+
+def test_the_testbed_is_found_in_a_checkout_and_files_are_taken_in_turn():
+    cases = suites.load_suite("testbed")
+    assert [case.topic for case in cases[:4]] == ["charts", "openstax"] * 2
+    assert cases[0].conversation().images
+
+
+# --- peers
+
+
+@pytest.mark.parametrize("name", ["hf", "hf:lookup"])
+def test_a_peer_answers_as_the_target_does(target, name):
+    prompt = target.encode(tiny.conversation("llava"))
+    sampling = Sampling(max_new_tokens=24)
+    got = peers.load_peer(name, target, 0).answer(prompt, sampling)
+    wanted = Engine(target, capacity=128).generate(prompt, sampling)
+    assert got.generation.tokens == wanted.tokens
+    assert got.generation.stats.num_tokens >= 1
+    assert 0 < got.time_to_first_token < got.seconds
+
+
+def test_an_assistant_is_another_model(tmp_path):
+    tiny.save("llava", tmp_path)
+    target = Target(tiny.model("llava"), tiny.processor("llava"))
+    prompt = target.encode(tiny.conversation("llava"))
+    got = peers.load_peer(f"hf:assistant={tmp_path}", target, 0).answer(prompt, Sampling(max_new_tokens=12))
+    assert len(got.generation.tokens) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "sentence"),
+    [("hf", 0.5, "at --temperature 0 only"), ("hf:magic", 0, "no peer 'hf:magic'"), ("hf:assistant=", 0, "no peer")],
+)
+def test_what_no_peer_can_do_is_refused(target, name, temperature, sentence):
+    with pytest.raises(UserError, match=sentence):
+        peers.load_peer(name, target, temperature)
+
+
+# --- the command line, and the page
+
+
+@pytest.fixture(scope="module")
+def measured(questions, tmp_path_factory):
+    """A run by the command line."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    tiny.save("llava", shelf / "llava")
+    save_drafter(oracle.random_eagle("llava"), shelf / "eagle")
+    words = ["bench", "--target", shelf / "llava", "--drafter", shelf / "eagle", "none", "lookup", "hf"]
+    words += ["--suite", "mmspec", "--data", questions, "--dtype", "float64", "--max-new-tokens", "6"]
+    words = [str(word) for word in [*words, "--num-steps", "1", "--num-draft-tokens", "5", "--out", shelf / "run"]]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(builtins, "print", printed.append)
+        assert cli.main(words) == 0
+    return shelf, words
+
+
+def test_bench_writes_a_run_and_says_exactness_first(measured, capsys):
+    shelf, words = measured
+    assert cli.main([*words, "--resume"]) == 0
+    out = capsys.readouterr().out
+    first, second, *_ = out.splitlines()
+    assert first.startswith("llava, 4 questions of mmspec, greedy")
+    assert second == "eagle: 4 of 4 answers equal the target's own"
+    assert "* in a loop of its own" in out
+    summary = json.loads((shelf / "run" / "summary.json").read_text())
+    about = summary["drafters"][str(shelf / "eagle")]
+    assert about["all"]["exact"] == 1
+    assert summary["setting"]["drafters"][str(shelf / "eagle")]["tree"]["num_draft_tokens"] == 5
+    assert about["all"]["num_draft_tokens"] <= 4 * about["all"]["num_drafts"]
+    assert [*about["topics"]] == ["a", "b"]
+    assert {*about["all"]["costs"]} >= {"vision", "prefill", "draft", "verify", "host"}
+    assert about["all"]["costs"]["vision"] > 0
+    assert {"drafter_prefill_ratio", "draft_time_fraction", "peak_memory"} <= about["all"].keys()
+
+
+def test_where_nothing_can_be_measured_there_is_a_sentence(measured, tmp_path, capsys):
+    _, words = measured
+    (tmp_path / "mmspec.jsonl").write_text('{"id": "lost", "image": "lost.png", "turns": ["?"]}\n')
+    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    del words[words.index("--data") : words.index("--data") + 2]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("speculens: Nothing could be measured: Row 'lost': ")
+
+
+def test_a_report_needs_nothing_else(measured, capsys):
+    shelf, _ = measured
+    assert cli.main(["report", str(shelf / "run")]) == 0
+    page = (shelf / "run" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:|#)|url\((?!#)', page)
+    assert "<script" not in page
+    assert page.count("<figure>") == page.count("<figcaption>") == 5
+    assert page.count("<details") > 2
+    assert not re.search("#(2f6db3|22262b)", page.partition("</style>")[2])  # all colours follow the scheme
+    pictures = sorted((shelf / "run" / "plots").iterdir())
+    assert len(pictures) == 5
+    for file in pictures:
+        with Image.open(file) as image:
+            assert image.format == "PNG"
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_two_runs_make_one_page(measured):
+    shelf, _ = measured
+    run = report.read_run(shelf / "run")
+    page = report.render([run, replace(run, name="<b>")], [[], []])
+    assert "<h2>run</h2>" in page
+    assert "<h2>&lt;b&gt;</h2>" in page
+
+
+def test_without_matplotlib_or_a_run_there_is_a_sentence(measured, monkeypatch, tmp_path, capsys):
+    shelf, _ = measured
+    real = builtins.__import__
+
+    def without(name, *rest: object):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert cli.main(["report", str(shelf / "run")]) == 2
+    assert "pip install 'speculens[plot]'" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds no finished run: summary.json is missing" in capsys.readouterr().err
+
+
+def test_what_a_model_says_is_escaped_and_a_tree_is_drawn_whole():
+    drawn = report.draw_tree([" a", "<b>", "c", "d\n"], [0, 0, 0, 1], [0, 1, 3])
+    assert "&lt;b&gt;" in drawn
+    assert "<b>" not in drawn
+    assert drawn.count("<rect") == 4
+    assert drawn.count('class="on"') == 5  # three nodes and the two edges between them

@@ -1,0 +1,129 @@
+"""Triton kernels against their definitions in torch: on a GPU, or where Triton is installed in its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
+pytest.importorskip("triton", reason="Triton is not installed (torch for CPUs comes without it)")
+
+from speculens import kernels, ops
+from speculens.attention import TreeMask, tree_attention
+from speculens.cache import SlotCache
+
+# Triton's interpreter turns arrays of one element into numbers, which newer NumPy dislikes.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.float16: dict(rtol=1e-2, atol=1e-2)}
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch):
+    """What `ops` and `attention` define is compared with, so it must not be the kernels themselves."""
+    monkeypatch.setattr(ops, "kernels_for", lambda _: None)
+    monkeypatch.setattr("speculens.attention.kernels_for", lambda _: None)
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "nodes", "newest", "dim", "lengths", "window", "splits"),
+    [
+        (4, 2, 1, 1, 64, [40], None, None),  # one token
+        (4, 2, 1, 1, 64, [0], None, 4),  # of an empty slot: most splits have nothing
+        (8, 2, 5, 5, 80, [60, 131], None, None),  # ragged, a dimension that is no power of two
+        (4, 4, 7, 12, 128, [0, 130], None, 3),  # a drafter's level: more new columns than rows
+        (7, 1, 70, 70, 64, [100], None, 2),  # more rows than a block
+        (4, 2, 6, 6, 64, [150, 3], 17, 4),  # a sliding window
+        (2, 2, 3, 3, 64, [127, 64], None, 1),  # blocks end where the prefix does
+    ],
+)
+def test_tree_attention(dtype, heads, kv_heads, nodes, newest, dim, lengths, window, splits):
+    batch, columns = len(lengths), max(lengths) + newest + 20
+    queries = randn(batch, nodes, heads, dim, dtype=dtype).transpose(1, 2)
+    keys, values = (randn(batch, columns + 9, kv_heads, dim, dtype=dtype)[:, :columns].transpose(1, 2) for _ in "kv")
+    seen = torch.rand(batch, nodes, newest, device=DEVICE) < 0.4
+    seen |= torch.eye(nodes, newest, dtype=torch.bool, device=DEVICE)
+    mask = TreeMask(torch.tensor(lengths, device=DEVICE), seen, torch.randint(0, 4, (batch, nodes), device=DEVICE))
+    want = tree_attention(queries.double(), keys.double(), values.double(), mask, 0.2, window)
+    beyond = torch.arange(columns, device=DEVICE) >= mask.lengths[:, None] + newest
+    for junk in (keys, values):
+        junk.masked_fill_(beyond[:, None, :, None], torch.nan)  # masked by not being read: 0 times NaN is NaN
+    got = kernels.attend(
+        queries,
+        keys,
+        values,
+        mask.lengths,
+        seen,
+        0.2,
+        depth=mask.depth if window else None,
+        window=window,
+        splits=splits,
+    )
+    torch.testing.assert_close(got.double(), want, **CLOSE[dtype])
+
+
+def test_a_row_that_sees_nothing_gives_zeros_and_no_nan():
+    """Rows that pad a batch to a bucket."""
+    states = randn(1, 2, 8, 64)
+    nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=DEVICE)
+    for splits in (1, 2):
+        length = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        got = kernels.attend(states[:, :, :1], states, states, length, nothing, 1.0, splits=splits)
+        assert not got.any()
+
+
+@pytest.mark.parametrize("gains", [False, True], ids=["plain", "norms on heads"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_rotation_into_the_cache(dim, gains):
+    caches = []
+    heads, kv_heads, nodes = 4, 2, 3
+    joined, cos, sin = randn(2, nodes, (heads + 2 * kv_heads) * dim), randn(2, nodes, dim), randn(2, nodes, dim)
+    norms = (randn(dim), randn(dim), 1e-6) if gains else None
+    for _ in range(2):
+        cache = SlotCache(
+            slots=2, capacity=20, heads=kv_heads, head_dim=dim, dtype=joined.dtype, devices=[joined.device] * 2
+        )
+        for _row in range(2):
+            cache.admit()
+        cache.lengths += torch.tensor([4, 11], device=DEVICE)
+        cache.settle([4, 11])
+        cache.aim(range(2), nodes)
+        caches.append(cache)
+    want, *_ = ops.rotate_into(caches[0], 1, joined, cos, sin, caches[0].lengths, norms)
+    got = kernels.rotate_into(joined.clone(), cos, sin, *caches[1].views(1), caches[1].lengths, norms)
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(caches[1].views(1), caches[0].views(1), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("size", [64, 200])
+@pytest.mark.parametrize("first", [False, True], ids=["with an update", "first"])
+def test_residual_and_norm(size, first):
+    stream, update, gain = randn(2, 3, size), None if first else randn(2, 3, size), randn(size)
+    for got, want in zip(
+        kernels.add_norm(stream, update, gain, 1e-5), ops.add_norm(stream, update, gain, 1e-5), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("inner", [48, 1500])
+def test_swiglu(inner):
+    gate_up = randn(2, 3, 2 * inner)
+    torch.testing.assert_close(kernels.swiglu(gate_up), ops.swiglu(gate_up))
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 512), (37, 700)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_on_one_row(outputs, inputs, bias):
+    row, weight = randn(1, 1, inputs), randn(outputs, inputs)
+    added = randn(outputs) if bias else None
+    torch.testing.assert_close(
+        kernels.linear_row(row, weight, added), ops.linear(row, weight, added), rtol=1e-4, atol=1e-4
+    )
