@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -76,7 +76,9 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--drafter", nargs="+", help="drafters instead of those beside the target")
     parser.add_argument("--limit", type=int, default=63, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--tree", type=int, nargs=3, metavar=("STEPS", "TOPK", "NODES"), help="not the drafters' own")
+    parser.add_argument(
+        "--tree", nargs="+", metavar="STEPS TOPK NODES", help="not the drafters' own; auto: sized at each step"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="for the measurement; loading comes on top")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
@@ -90,7 +92,8 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_args()
     if given.tiny:
         vars(given).update(TINY)
-    given.tree = TreeShape(*given.tree) if given.tree else None
+    if given.tree:
+        given.tree = "auto" if given.tree == ["auto"] else TreeShape(*map(int, given.tree))
     return given
 
 
@@ -153,7 +156,7 @@ def prompts_of(target: Target, cases: Sequence[Case], asking: Asking) -> list[Pr
 
 
 def peak_memory(
-    target: Target, drafter: Drafter | None, prompt: Prompt, asking: Asking, shape: TreeShape | None
+    target: Target, drafter: Drafter | None, prompt: Prompt, asking: Asking, shape: TreeShape | Literal["auto"] | None
 ) -> int | None:
     """Most bytes on the device while one drafter alone answers a prompt, the target's weights included; None on a CPU.
 

@@ -259,7 +259,7 @@ class _OracleSession:
         deepest = int(depth.max()) + rng.randrange(2)  # `levels` is a bound
         return DraftTree.build(tokens, parents, depth, live.bool(), deepest)
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None: ...
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None:
         for slot, tokens in zip(self._slots, accepted, strict=True):

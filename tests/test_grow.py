@@ -151,7 +151,7 @@ def test_drafts_while_decoding_equal_drafts_from_a_fresh_start(family):
             self.trees.append(followed.draft(roots))
             return self.inner.draft(roots)
 
-        def observe(self, hidden, tokens, counts):
+        def observe(self, hidden, tokens, counts, horizon=0):
             self.inner.observe(hidden, tokens, counts)
             followed.observe(hidden, tokens, counts)
 

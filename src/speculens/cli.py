@@ -209,7 +209,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     shape = reshaped(guesser, _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens))
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
-    engine = Engine(model, guesser, capacity=capacity, shape=shape)
+    engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto")
     alone = Engine(model, capacity=capacity) if compare else None
     if alone:
         warm_up((engine, alone), prompt, sampling)
@@ -664,8 +664,7 @@ def export(
     from speculens.drafters import TrainedDrafter
     from speculens.show import Screen, size
 
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another folder.")
+    _empty(out)
     dtype = str(_outline(target, revision).dtype).removeprefix("torch.")
     model, guesser = _load(target, drafter, Dtype(dtype), "cpu", None, revision)
     if not isinstance(guesser, TrainedDrafter):
@@ -681,6 +680,46 @@ def export(
         _print_json(
             {"path": str(out), "layout": to.value, "method": guesser.name, "bytes": stored, "versions": _versions()}
         )
+
+
+@app.command()
+def trim(
+    drafter: Annotated[str, typer.Argument(help="Folder or hub id of a trained drafter.")],
+    data: Annotated[list[Path], typer.Option(help="Rows whose answers are counted, best the target's own (respond).")],
+    size: Annotated[int, typer.Option(min=1, help="Tokens that it shall draft.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of the target that it drafts for.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Let a drafter draft only the commonest tokens: its share of the head becomes small. The output stays the same."""
+    from speculens.checkpoints import load_drafter, save_drafter
+    from speculens.data import JsonLines
+    from speculens.data.vocabulary import commonest
+    from speculens.drafters import TrainedDrafter
+    from speculens.show import Screen
+
+    _empty(out)
+    _hush()
+    outline = _outline(target, revision)
+    guesser = load_drafter(drafter, dtype=outline.dtype, target=outline)
+    if not isinstance(guesser, TrainedDrafter):
+        raise UserError(f"The drafter {drafter} has no head to trim.")
+    guesser.check(outline)
+    screen = Screen(quiet=json)
+    with screen.progress("rows") as tell:
+        found = commonest(JsonLines(data), outline, size, tell)
+    covered = f"{found.coverage:.2%} of {found.counted:,} tokens in answers"
+    save_drafter(guesser.trimmed(found.tokens), out, {"target": target, "trimmed from": drafter, "covers": covered})
+    screen.say(f"The drafter is in {out}: {size:,} of {outline.vocab_size:,} tokens, {covered}.")
+    if json:
+        report = {"path": str(out), "method": guesser.name, "draft_vocab_size": size, "coverage": found.coverage}
+        _print_json({**report, "counted": found.counted, "versions": _versions()})
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: choose another folder.")
 
 
 @app.command()

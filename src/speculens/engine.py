@@ -5,23 +5,26 @@ Every emitted token is the target's own choice given its prefix. The drafter onl
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.conversation import Conversation
+from speculens.costs import Costs, Store
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
+from speculens.plan import NO_DRAFT, Pinned, Plan, Planner, ladder
 from speculens.sampling import Laws, Logprob, Needs, Sampling, choose, correct, likelihoods
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
@@ -92,7 +95,8 @@ class Engine:
 
     slots     sequences that run side by side
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
-    shape     draft tree; None takes the drafter's own
+    shape     draft tree; None takes the drafter's own; `auto` sizes each step's by cost and acceptance (`plan.py`); or
+              any other Plan
     timed     wait for the device around each part, so that `Stats.seconds` is true on a GPU (costs speed there)
     prefill_chunk  rows of a submitted prompt that are filled in between two steps of the running slots; None: all
     capture   `auto`: on one CUDA device, steps are recorded as graphs and replayed; `off`: they never are
@@ -105,7 +109,7 @@ class Engine:
         *,
         slots: int = 1,
         capacity: int | None = None,
-        shape: TreeShape | None = None,
+        shape: TreeShape | Plan | Literal["auto"] | None = None,
         timed: bool = False,
         prefill_chunk: int | None = None,
         capture: Literal["auto", "off"] = "auto",
@@ -113,15 +117,19 @@ class Engine:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
         self.capacity = capacity or min(target.context, 4096)
-        self._shape = shape
-        self._drafter = self.drafter.session(target, slots, self.capacity, shape)
+        self._recorded = capture == "auto" and target.device.type == "cuda"
+        self._plan = self._planned(shape)
+        largest = self._plan.shapes[-1]
+        self._drafter = self.drafter.session(target, slots, self.capacity, largest)
         # Drafted nodes are scored above the committed rows.
         self._target = target.session(slots, self.capacity + self._drafter.nodes)
         self.prefill_chunk = prefill_chunk
         self._running: list[Slot] = []
         self._waiting: deque[Slot] = deque()
         self._filling: tuple[Slot, Generator[None, None, tuple[Tensor, Features]]] | None = None
-        self._loop = Loop(self._target, self._drafter, slots, target.device)
+        self._patience = largest.levels + 1 if largest else 1  # as many rows as observing a whole path takes
+        self._put_off = 0  # steps whose tokens the drafter has not observed yet
+        self._loop = Loop(self._target, self._drafter, slots, target.device, self._patience)
         self._recorder = Recorder(self._loop.step, self._loop.state if capture == "auto" else None)
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
 
@@ -224,6 +232,7 @@ class Engine:
         return steps
 
     def _advance(self, slots: Sequence[Slot]) -> list[Step]:
+        begun = time.perf_counter()
         outcome, table = self._round(slots)
         tree, along = outcome.tree, outcome.along
         steps = []
@@ -237,6 +246,11 @@ class Engine:
         self._target.settle([len(chosen) for chosen in accepted])
         self._drafter.settle(accepted)
         self._leave()
+        kept = {slot: len(chosen) - 1 for slot, chosen in zip(slots, accepted, strict=True)}
+        self._plan.learn(kept, time.perf_counter() - begun)
+        for slot in slots:
+            if slot.finish_reason is not None:
+                self._plan.forget(slot)
         return steps
 
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
@@ -253,7 +267,9 @@ class Engine:
         rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
         columns = dict.fromkeys(column_bucket(length, self.capacity) for length in range(1, self.capacity + 1))
         # The largest first: later graphs find room in what it took.
-        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, [self._shape], reversed(columns))]
+        catch_up = (False, True) if NO_DRAFT in self._plan.shapes else (False,)
+        shapes = reversed(self._plan.shapes)
+        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, shapes, reversed(columns), catch_up)]
         for done, bucket in enumerate(buckets, 1):
             if not self._recorder.ready(bucket):
                 return
@@ -323,7 +339,8 @@ class Engine:
 
     def _round(self, slots: Sequence[Slot]) -> tuple[Outcome, list[list[int]]]:
         """The step on the device, replayed where that is possible, and its one host read."""
-        bucket = self._bucket([slot.sampling for slot in slots])
+        bucket = self._bucket(slots)
+        self._put_off = (0 if bucket.catch_up else self._put_off) + (not bucket.drafts)
         corrected = self._correction(slots)
         if corrected is None and self._recorder.ready(bucket):
             with self._clock("step", slots):
@@ -334,12 +351,38 @@ class Engine:
         with self._clock("choose", slots):
             return outcome, outcome.table.tolist()
 
-    def _bucket(self, samplings: Sequence[Sampling]) -> Bucket:
+    def _bucket(self, slots: Sequence[Slot]) -> Bucket:
         """What the next step looks like. The tree's shape is decided here and nowhere else."""
-        rows, longest, needs = len(samplings), self._target.cache.longest, Needs.of(samplings)
+        rows, longest = len(slots), self._target.cache.longest
+        bucket = Bucket(rows, Needs.of([slot.sampling for slot in slots]), self._plan.choose(slots, longest))
+        bucket = replace(bucket, catch_up=self._put_off >= (1 if bucket.drafts else self._patience))
         if not self._recorder.on:
-            return Bucket(rows, needs, self._shape)
-        return Bucket(row_bucket(rows, self.slots), needs, self._shape, column_bucket(longest, self.capacity))
+            return bucket
+        return replace(bucket, rows=row_bucket(rows, self.slots), horizon=column_bucket(longest, self.capacity))
+
+    def _planned(self, shape: TreeShape | Plan | Literal["auto"] | None) -> Plan:
+        if shape is None or isinstance(shape, TreeShape):
+            return Pinned(shape)
+        if shape != "auto":
+            return shape
+        own = self.drafter.describe().get("tree", {})
+        if "num_steps" not in own:
+            return Pinned()
+        shapes = ladder(TreeShape(**own))
+        return Planner(shapes, Costs(shapes, Store(self._facts())))
+
+    def _facts(self) -> dict[str, Any]:
+        """All that the cost of a step depends on, its shape, slots and columns apart."""
+        target, on_gpu = self.target, self.target.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(target.device) if on_gpu else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "recorded": self._recorded,
+            "target": [target.family, target.num_layers, target.hidden_size, target.vocab_size],
+            "dtype": target.dtype,
+            "drafter": self.drafter.describe(),
+            "torch": torch.__version__,
+        }
 
     def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
         """The token (1,) after the prompt, whose last is `root` (1,), and the corrected logits it is chosen from."""
@@ -380,7 +423,7 @@ class Engine:
             if self._running[row].finish_reason is not None:
                 self._target.free(row)
                 self._drafter.free(row)
-                self._loop.front.free(row, len(self._running) - 1)
+                self._loop.free(row, len(self._running) - 1)
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last

@@ -29,12 +29,19 @@ class Bucket:
     needs    the work that the rows' settings ask for
     shape    of the draft tree; None is the drafter's own
     horizon  a bound of every slot's committed rows; 0 looks exactly as far as each step must
+    catch_up the drafter first observes what it has put off
     """
 
     rows: int
     needs: Needs
     shape: TreeShape | None = None
     horizon: int = 0
+    catch_up: bool = False
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the tree has more than its root."""
+        return self.shape is None or self.shape.nodes > 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,38 @@ class Front:
         self.position[:rows] += counts
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """What the drafter has not observed yet: in steps without a draft it puts that off, and catches up in one pass.
+
+    hidden  (slots, W, H), tokens (slots, W) and counts (slots,) as `DraftSession.observe` takes them
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def empty(slots: int, width: int, features: Tensor) -> Backlog:
+        """Room for `width` tokens a slot, of features like these (H,)."""
+        zeros = torch.zeros(slots, width, dtype=torch.long, device=features.device)
+        return Backlog(features.new_zeros(slots, width, *features.shape), zeros, zeros[:, 0].clone())
+
+    def add(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """One token (B, 1) of each row whose count is 1; a row whose count is 0 gets nothing."""
+        rows = len(counts)
+        place = self.counts[:rows].clamp(max=self.tokens.shape[1] - 1)[:, None]
+        self.tokens[:rows].scatter_(1, place, tokens)
+        self.hidden[:rows].scatter_(1, place[..., None].expand_as(hidden), hidden)
+        self.counts[:rows] += counts
+
+    def free(self, row: int, last: int) -> None:
+        """A row ends; the last running one takes its place."""
+        for part in (self.hidden, self.tokens, self.counts):
+            part[row] = part[last]
+        self.counts[last] = 0
+
+
 # clock(part) measures the block that it is entered for
 Clock = Callable[[str], AbstractContextManager[None]]
 # corrected(logits (B, N, V), tree) -> logits, where settings look at a row's past, which is the host's
@@ -106,25 +145,41 @@ def silent(_part: str) -> Iterator[None]:
 
 
 class Loop:
-    """The step of one target with one drafter."""
+    """The step of one target with one drafter, which may put off observing for `patience` steps without a draft."""
 
-    def __init__(self, target: TargetSession, drafter: DraftSession, slots: int, device: torch.device) -> None:
+    def __init__(
+        self, target: TargetSession, drafter: DraftSession, slots: int, device: torch.device, patience: int = 1
+    ) -> None:
         self._target, self._drafter = target, drafter
         self.front = Front.empty(slots, device)
+        lender = target.target
+        features = torch.zeros(lender.hidden_size, dtype=lender.dtype, device=device)
+        self.backlog = Backlog.empty(slots, patience, features)
+
+    def free(self, row: int, last: int) -> None:
+        """A row ends; the last running one takes its place."""
+        self.front.free(row, last)
+        self.backlog.free(row, last)
 
     @property
     def state(self) -> tuple[Tensor, ...] | None:
         """All small tensors that a step changes for the next one; None if some of its work is the host's."""
         if self._target.state is None or self._drafter.state is None:
             return None
-        return self.front.roots, self.front.position, *self._target.state, *self._drafter.state
+        backlog = (self.backlog.hidden, self.backlog.tokens, self.backlog.counts)
+        return self.front.roots, self.front.position, *backlog, *self._target.state, *self._drafter.state
 
     @torch.no_grad()
     def step(self, bucket: Bucket, clock: Clock = silent, corrected: Corrected | None = None) -> Outcome:
         """Advance every running row among the first `bucket.rows`."""
         rows, front = slice(bucket.rows), self.front
+        if bucket.catch_up:
+            with clock("observe"):
+                self._catch_up(rows, bucket.horizon)
         with clock("draft"):
-            tree = self._drafter.draft(front.roots[rows], bucket.shape, bucket.horizon)
+            roots = front.roots[rows]
+            drafts = bucket.drafts
+            tree = self._drafter.draft(roots, bucket.shape, bucket.horizon) if drafts else DraftTree.root(roots)
         with clock("score"):
             logits, hidden = self._target.score(tree, bucket.horizon)
         with clock("choose"):
@@ -135,10 +190,19 @@ class Loop:
             tokens = want.gather(1, path)
             self._target.keep(path, counts)
         with clock("observe"):
-            self._drafter.observe(_along(hidden, path), tokens, counts)
+            along = _along(hidden, path)
+            if drafts:
+                self._drafter.observe(along, tokens, counts, bucket.horizon)
+            else:
+                self.backlog.add(along, tokens, counts)
             front.advance(tokens, counts)
         table = torch.cat([counts[:, None], tokens], 1)
         return Outcome(tree, table, _along(logits, path) if bucket.needs.logprobs else None)
+
+    def _catch_up(self, rows: slice, horizon: int) -> None:
+        backlog = self.backlog
+        self._drafter.observe(backlog.hidden[rows], backlog.tokens[rows], backlog.counts[rows], horizon)
+        backlog.counts[rows] = 0
 
 
 def _along(values: Tensor, path: Tensor) -> Tensor:

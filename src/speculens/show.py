@@ -190,6 +190,12 @@ def drafter_lines(facts: Mapping[str, Any]) -> dict[str, str]:
             f"{tree['num_steps'] + 1} levels, {tree['topk']} children a node, "
             f"{tree['num_draft_tokens']} nodes scored in a pass (root included)"
         )
+    if facts.get("draft_vocab_size"):
+        copied = facts["draft_vocab_size"] * facts["target_hidden_size"]
+        lines["draft vocabulary"] = (
+            f"{facts['draft_vocab_size']:,} of {facts['target_vocab_size']:,} tokens; "
+            f"their rows of the target's head, {count(copied)} numbers, are copied in use"
+        )
     if "parameters" in facts:
         lines["parameters"] = count(facts["parameters"]) + (f", {size(facts['bytes'])}" if facts["bytes"] else "")
         lines["made for"] = (

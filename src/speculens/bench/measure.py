@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -66,7 +66,7 @@ class Bench:
 
     drafters  by the names that tables call them; `none` is always among them
     asking    how the questions are put and the answers drawn; every question has a seed of its own
-    shapes    draft trees instead of the drafters' own, by name
+    shapes    draft trees instead of the drafters' own, by name; `auto` sizes each step's
     others    contenders with a loop of their own
     capacity  rows of a slot; None makes room for the longest conversation of the suite
     """
@@ -78,7 +78,7 @@ class Bench:
         cases: Sequence[Case],
         asking: Asking,
         *,
-        shapes: Mapping[str, TreeShape] | None = None,
+        shapes: Mapping[str, TreeShape | Literal["auto"]] | None = None,
         others: Sequence[Contender] = (),
         capacity: int | None = None,
     ) -> None:
@@ -108,7 +108,11 @@ class Bench:
     def _about(self, name: str) -> dict[str, Any]:
         about = self.drafters[name].describe()
         shape = self._shapes.get(name)
-        return {"loop": OWN_LOOP, **about, **({"tree": vars(shape)} if shape else {})}
+        return {
+            "loop": OWN_LOOP,
+            **about,
+            **({"tree": vars(shape) if isinstance(shape, TreeShape) else shape} if shape else {}),
+        }
 
     def run(self, folder: RunFolder, on_progress: OnProgress = lambda _: None) -> None:
         """Measure every case that the folder does not hold yet, then look closer at the first few."""

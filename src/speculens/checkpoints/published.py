@@ -251,6 +251,8 @@ def _check_writable(drafter: TrainedDrafter, layout: str, target: Target) -> Non
     if kind.method != drafter.name:
         own = next((name for name, other in LAYOUTS.items() if other.method == drafter.name), "ours")
         raise UserError(f"A {drafter.name} drafter cannot be written in the layout {layout}; use {own}.")
+    if config.draft_vocab_size is not None:
+        raise UserError(f"The layout {layout} drafts every token: export the drafter from which this one was trimmed.")
     if config.input_norm:
         raise UserError(f"The layout {layout} has no input norm: train the drafter with drafter.input_norm=false.")
     if config.num_attention_heads * config.head_dim != config.target_hidden_size:

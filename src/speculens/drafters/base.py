@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculens.errors import UserError
 from speculens.features import Features
@@ -32,7 +32,8 @@ class Lender(Protocol):
     @property
     def device(self) -> torch.device: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor: ...
+    def head_rows(self, tokens: Tensor) -> nn.Linear: ...
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ class DraftSession(Protocol):
         Rows behind the running ones may be among the B, where steps are captured: what is drafted there is never seen.
         """
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None:
         """See what was accepted, on the device.
 
         hidden  (B, A, H) the target's features along each accepted path
         tokens  (B, A) long, the target's choice at each of them (the last is the next root)
         counts  (B,) long, how many of the A are real; 0 in rows that do not run, of which nothing may change
+        horizon as in `draft`
         """
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None:
@@ -140,7 +142,7 @@ class _NoSession:
     def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
         return DraftTree.root(roots)
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None: ...
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None: ...
 

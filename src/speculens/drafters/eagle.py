@@ -9,7 +9,8 @@ At image rows the embedding is what entered the target's decoder there: the proj
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ class EagleDrafter(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.target_hidden_size, config.target_hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config)])
+        size = config.draft_vocab_size
+        self.d2t: Tensor | None
+        self.register_buffer("d2t", None if size is None else torch.arange(size))
+
+    def trimmed(self, tokens: Tensor) -> Self:
+        """The same weights, drafting `tokens` alone: (V',) long, ids of the target, all different."""
+        made = type(self)(replace(self.config, draft_vocab_size=len(tokens)))
+        made.load_state_dict({**self.state_dict(), "d2t": tokens})
+        return made.to(self.fc.weight.device, self.fc.weight.dtype)
 
     @classmethod
     def settle(cls, options: Mapping[str, Any], model: Any) -> dict[str, Any]:  # noqa: ARG003 - some methods ask it
@@ -42,7 +52,11 @@ class EagleDrafter(nn.Module):
         return dict(options)
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Start from another drafter's weights, those of an earlier stage; what it does not have stays as it is."""
+        """Start from another drafter's weights, those of an earlier stage; what it does not have stays as it is.
+
+        Its draft vocabulary is not taken over.
+        """
+        state = {name: weight for name, weight in state.items() if name != "d2t"}
         own = {name: weight.shape for name, weight in self.state_dict().items()}
         if wrong := sorted(name for name, weight in state.items() if own.get(name) != weight.shape):
             raise UserError(f"A {self.name} drafter cannot start from these weights: {', '.join(wrong)} do not fit it.")
@@ -73,23 +87,24 @@ class EagleDrafter(nn.Module):
 
     def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
         """Room for `slots` sequences; raises UserError if this drafter was made for another target."""
-        check_fit(self.config, target)
+        self.check(target)
         for layer in self.layers:
             cast(DecoderLayer, layer).join()
         return HeadSession(self, target, slots, capacity, shape or self.config.tree)
+
+    def check(self, target: Lender) -> None:
+        """Raise UserError, with both numbers, if this drafter was made for another target."""
+        for what, made_for, given in (
+            ("hidden size", self.config.target_hidden_size, target.hidden_size),
+            ("vocabulary", self.config.target_vocab_size, target.vocab_size),
+            ("family", self.config.target_family, target.family),
+        ):
+            if made_for != given:
+                raise UserError(
+                    f"This drafter was made for a target of {what} {made_for}, but this target has {given}."
+                )
 
     def describe(self) -> dict[str, Any]:
         """What `inspect` shows."""
         parameters = sum(p.numel() for p in self.parameters())
         return {"drafter": self.name, "parameters": parameters, **self.config.to_dict()}
-
-
-def check_fit(config: DrafterConfig, target: Lender) -> None:
-    """Refuse a drafter that was made for another target, with both numbers."""
-    for what, made_for, given in (
-        ("hidden size", config.target_hidden_size, target.hidden_size),
-        ("vocabulary", config.target_vocab_size, target.vocab_size),
-        ("family", config.target_family, target.family),
-    ):
-        if made_for != given:
-            raise UserError(f"This drafter was made for a target of {what} {made_for}, but this target has {given}.")

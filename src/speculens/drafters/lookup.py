@@ -84,7 +84,7 @@ class _LookupSession:
         tokens[:, 0] = roots
         return DraftTree.build(tokens, parents, depth, live.bool(), max(max(trie[2]) for trie in tries))
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None: ...
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None: ...
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None:
         for history, tokens in zip(self._slots, accepted, strict=True):

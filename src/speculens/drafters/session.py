@@ -24,6 +24,7 @@ class Head(Protocol):
     """What a session asks of a method: its view of the prompt, and its layer over rows."""
 
     config: DrafterConfig
+    d2t: Tensor | None
 
     def view(self, features: Features, next_embeds: Tensor) -> Rows: ...
 
@@ -37,8 +38,11 @@ class HeadSession:
         config = drafter.config
         self.drafter, self.target, self.shape = drafter, target, shape
         self.nodes = shape.nodes
-        if shape.topk > target.vocab_size:
-            raise UserError(f"topk {shape.topk} is larger than the vocabulary of {target.vocab_size}.")
+        self._ids = _checked(drafter.d2t, target)
+        self._head = None if self._ids is None else target.head_rows(self._ids)
+        vocabulary = target.vocab_size if self._ids is None else len(self._ids)
+        if shape.topk > vocabulary:
+            raise UserError(f"topk {shape.topk} is larger than the draft vocabulary of {vocabulary}.")
         self.cache = SlotCache(
             slots=slots,
             capacity=capacity + shape.levels + 1 + shape.num_steps * shape.topk,
@@ -50,7 +54,7 @@ class HeadSession:
         self._hidden = torch.zeros(slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._position = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._memory = torch.zeros_like(self._hidden)
-        self._horizon = 0
+        self._horizon = 0  # of the pass at hand; no view has more rows than the target
         self.state = (self.cache.lengths, self._hidden, self._position)
         self.nbytes = self.cache.nbytes
 
@@ -73,15 +77,16 @@ class HeadSession:
 
     @torch.no_grad()
     def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
-        self._horizon = horizon  # no view has more rows than the target
+        self._horizon = horizon
         return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, shape or self.shape)
 
     @torch.no_grad()
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None:
         """Accepted tokens re-enter with the target's own features; KV of drafted features is overwritten.
 
         What lies beyond a slot's count enters too, behind all that counts, so that it is seen by nothing that is kept.
         """
+        self._horizon = horizon
         batch, width = tokens.shape
         offsets = torch.arange(width, device=tokens.device)
         before = (offsets <= offsets[:, None]).expand(batch, -1, -1)
@@ -105,7 +110,8 @@ class HeadSession:
         self.cache.free(row)
 
     def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return likeliest(self.target.logits(hidden), count)
+        scores, tokens = likeliest(self.target.logits(hidden, self._head), count)
+        return scores, tokens if self._ids is None else self._ids[tokens]
 
     def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
         """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
@@ -129,3 +135,12 @@ class HeadSession:
 
     def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return causal_attention(queries, *self.cache.write(0, keys, values))
+
+
+def _checked(ids: Tensor | None, target: Lender) -> Tensor | None:
+    """A draft vocabulary on the target's device. No token stands twice: siblings must differ (`DraftTree`)."""
+    if ids is None:
+        return None
+    if ids.min() < 0 or ids.max() >= target.vocab_size or len(ids.unique()) < len(ids):
+        raise UserError("The drafter's d2t must hold different ids of the target's vocabulary: make it again by trim.")
+    return ids.to(target.device)

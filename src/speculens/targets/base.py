@@ -124,12 +124,24 @@ class Target:
         """Token embeddings (..., H), scaled as the model scales them."""
         return self.embedding(tokens)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head on hidden states after the final norm: (..., H) -> (..., V)."""
-        logits = self.head(hidden.to(self.head.weight.device)).to(self.device)
+    def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor:
+        """The head, or some of its rows, on hidden states after the final norm: (..., H) -> (..., V)."""
+        head = self.head if head is None else head
+        logits = head(hidden.to(head.weight.device)).to(self.device)
         if self._softcap and self._softcap_applies:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
+
+    def head_rows(self, tokens: Tensor) -> nn.Linear:
+        """A copy of the head's rows of some tokens, (V',) long, for `logits`: V' H numbers in the head's dtype."""
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        if not weight.is_floating_point():
+            raise UserError("A reduced draft vocabulary needs a target whose head is not quantised.")
+        some = nn.Linear(weight.shape[1], len(tokens), bias=bias is not None, device="meta")
+        some.weight = _rows(weight, tokens, self.device)
+        if bias is not None:
+            some.bias = _rows(bias, tokens, self.device)
+        return some
 
     def session(self, slots: int, capacity: int) -> TargetSession:
         """Room for `slots` sequences of up to `capacity` rows each."""
@@ -351,6 +363,10 @@ class TargetSession:
             use_cache=True,
             **({"tree": mask} if is_ours(decoder) else {}),
         ).last_hidden_state
+
+
+def _rows(weight: Tensor, which: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(weight.detach()[which.to(weight.device)].to(device), requires_grad=False)
 
 
 def _last_position(positions: Tensor) -> Tensor:

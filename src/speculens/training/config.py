@@ -34,6 +34,8 @@ class DrafterRecipe:
     intermediate_size  width of its MLP; None takes the target's
     input_norm         RMSNorm before its attention
     tree               the tree that it will draft, also in the measurements during training
+    draft_vocab_size   V', how many tokens it will draft: the commonest of the training answers. None drafts all. The
+                       losses are over the whole vocabulary all the same, so the weights fit any list (docs/training.md)
     init_from          folder or hub id of a drafter whose weights it starts from: that of an earlier stage
     options            what only this method knows
     """
@@ -42,6 +44,7 @@ class DrafterRecipe:
     intermediate_size: int | None = None
     input_norm: bool = True
     tree: TreeShape = field(default_factory=TreeShape)
+    draft_vocab_size: int | None = None
     init_from: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -35,6 +35,7 @@ def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
         image_contract=kind.image_contract,
+        draft_vocab_size=recipe.draft_vocab_size,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(text),
         qkv_bias=getattr(queries, "bias", None) is not None,

@@ -30,6 +30,7 @@ from torch import Tensor
 from speculens.checkpoints import save_drafter
 from speculens.conversation import Conversation
 from speculens.data.sources import JsonLines, Listed, Source
+from speculens.data.vocabulary import commonest
 from speculens.drafters import TrainedDrafter
 from speculens.errors import UserError
 from speculens.targets import Target, load_target
@@ -37,7 +38,7 @@ from speculens.training import checkpoint
 from speculens.training.average import Average
 from speculens.training.batches import Batch, Encoder, Order, Reader, stream
 from speculens.training.checkpoint import Progress
-from speculens.training.config import Optimiser, Recipe
+from speculens.training.config import Optimiser, Recipe, read_recipe
 from speculens.training.encoded import Encoded, encoded
 from speculens.training.events import Bar, Event, Listener, Log
 from speculens.training.losses import Losses
@@ -129,6 +130,8 @@ class Trainer:
         mixed = recipe.dtype == "mixed"
         weights = torch.float32 if mixed else getattr(torch, recipe.dtype)
         self.drafter = make_drafter(recipe.drafter, target).to(target.device, weights)
+        if self.drafter.d2t is not None:
+            self.drafter.d2t.copy_(commonest(source, target, len(self.drafter.d2t)).tokens)
         dtype = target.dtype if mixed else weights
         self.student_dtype = dtype
         student = Student(self.drafter, dtype, recipe.unroll, recipe.feature_noise)
@@ -352,7 +355,8 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         progress, made_with = checkpoint.about(folder)
         now = self.recipe.to_dict()
-        changed = [name for name in FIXED if made_with.get(name) != now[name]]
+        made_with = read_recipe(made_with).to_dict()  # what was not known then has its default
+        changed = [name for name in FIXED if made_with[name] != now[name]]
         if made_with["accumulation"] * progress.processes != self.passes:
             changed.append("accumulation x number of processes")
         if changed:

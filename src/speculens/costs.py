@@ -1,0 +1,125 @@
+"""What a step costs on this machine, by the shape of its tree and by how much runs: learnt from steps, kept on disk.
+
+Nothing is run for measurement's sake. While a scale (so many slots, so many columns) is new, its shapes take turns in
+real steps, which emit real tokens; when each has its time, the table is written, and later processes start from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speculens.tree import TreeShape
+
+TIMINGS = 4  # a shape's first steps at a scale: the first one is slower than all later ones and does not count
+DRIFT, PACE = 0.05, 0.2  # shares of a new timing in a shape's own cost, and in what all of them have in common
+
+# slots and columns, each as the exponent of its bucket
+Scale = tuple[int, int]
+
+
+def scale_of(slots: int, columns: int) -> Scale:
+    """Slots by powers of 2; columns of KV by powers of 4, from 1,024 on."""
+    return (slots - 1).bit_length(), max((columns - 1).bit_length() - 9, 0) // 2
+
+
+class Costs:
+    """Seconds of a step of each shape at each scale.
+
+    Timings of one process have much in common that is no shape's doing, such as other work on the machine. It goes into
+    one `pace` for all, so that the shape in use does not look worse than those that rest.
+    """
+
+    def __init__(self, shapes: Sequence[TreeShape], store: Store | None = None) -> None:
+        self._shapes, self._store = shapes, store
+        self._seconds: dict[Scale, dict[TreeShape, float]] = store.read(shapes) if store else {}
+        self._timings: dict[Scale, dict[TreeShape, list[float]]] = {}
+        self._pace = 1.0
+
+    def untimed(self, scale: Scale) -> TreeShape | None:
+        """The shape whose turn it is while this scale is new; None once each has its time."""
+        if scale in self._seconds:
+            return None
+        timings = self._timings.setdefault(scale, {shape: [] for shape in self._shapes})
+        return min(self._shapes, key=lambda shape: len(timings[shape]))
+
+    def of(self, scale: Scale) -> Mapping[TreeShape, float]:
+        """Seconds by shape. Only their ratios mean something: the pace of the moment is not in them."""
+        return self._seconds[scale]
+
+    def learn(self, scale: Scale, shape: TreeShape, seconds: float) -> None:
+        """A step of this shape took so long."""
+        if scale in self._seconds:
+            known = self._seconds[scale]
+            surprise = min(max(seconds / (known[shape] * self._pace), 0.5), 2.0)  # a recording or a pause is no cost
+            self._pace *= surprise**PACE
+            known[shape] *= surprise**DRIFT
+            return
+        timings = self._timings.setdefault(scale, {each: [] for each in self._shapes})
+        timings[shape].append(seconds)
+        if all(len(each) >= TIMINGS for each in timings.values()):
+            # The least: what else happens on the machine only adds.
+            self._seconds[scale] = {each: min(found[1:]) for each, found in self._timings.pop(scale).items()}
+            if self._store:
+                self._store.write(self._seconds)
+
+
+class Store:
+    """One file of costs for one set of facts (device, target, drafter, ...) below the user's cache folder.
+
+    A file that is missing, broken or of other shapes is as good as none, and one that cannot be written is not written.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], folder: Path | None = None) -> None:
+        self._facts = json.loads(json.dumps(facts, default=str, sort_keys=True))
+        name = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:24]
+        self.path = (folder or cache_folder()) / "costs" / f"{name}.json"
+
+    def read(self, shapes: Sequence[TreeShape]) -> dict[Scale, dict[TreeShape, float]]:
+        """The costs of all scales that know each of these shapes."""
+        try:
+            scales = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
+            return {
+                _scale(name): {shape: _positive(row[_word(shape)]) for shape in shapes} for name, row in scales.items()
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
+
+    def write(self, seconds: Mapping[Scale, Mapping[TreeShape, float]]) -> None:
+        """Replace the file, whole or not at all."""
+        scales = {
+            f"{slots},{columns}": {_word(shape): value for shape, value in row.items()}
+            for (slots, columns), row in seconds.items()
+        }
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"facts": self._facts, "seconds": scales}, file, indent=1)
+            Path(name).replace(self.path)
+
+
+def cache_folder() -> Path:
+    """Ours below $XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculens"
+
+
+def _word(shape: TreeShape) -> str:
+    return f"{shape.num_steps}/{shape.topk}/{shape.num_draft_tokens}"
+
+
+def _scale(word: str) -> Scale:
+    slots, columns = word.split(",")
+    return int(slots), int(columns)
+
+
+def _positive(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(value)
+    return value

@@ -1,0 +1,232 @@
+"""Which tree the next step drafts: pinned, or the one that makes the most tokens a second here and now.
+
+    expected(shape)  1 + c (s_1 + s_1 s_2 + ...), tokens of one slot; s_i: level i is accepted, given it is reached
+    choice           the shape of the largest  expected(shape) / cost(shape, slots, columns)
+
+Costs are measured on this machine (`costs.py`). The s_i are tracked online for each slot, and a step that several share
+goes by their mean; c is what history makes of
+their law for this shape. The tree of one node drafts nothing: where it is the best choice, steps are plain decoding,
+and now and then a tree probes whether that is still so. A purse bounds what all of this can lose.
+
+Any choice is lossless. The target draws its own next token at every node of whatever tree there is, and what is emitted
+are those draws; the tree only decides how many of them one pass makes known. Shapes are chosen before the step from
+the lengths of earlier accepted paths and from the clock, never from the draws of the step itself, so the choice at an
+output position is the same draw from the same law under every sequence of shapes; with a seed it is the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import zip_longest
+from typing import Any, Protocol
+
+from speculens.costs import Costs, scale_of
+from speculens.tree import TreeShape
+
+NO_DRAFT = TreeShape(num_steps=0, topk=1, num_draft_tokens=1)
+# Few, so that few graphs are recorded; their nodes are powers of 2. Chains where a pass is dear by the node, wide trees
+# where it costs the same for all of them.
+LADDER = (
+    TreeShape(0, 1, 2),
+    TreeShape(2, 1, 4),
+    TreeShape(3, 2, 8),
+    TreeShape(4, 4, 16),
+    TreeShape(5, 6, 32),
+)
+
+CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won, and that may be saved up for later
+INCOME = 0.01  # of such a step for each token emitted: what probing may cost in the long run
+PATIENCE = 16  # plain steps between probes
+
+
+class Plan(Protocol):
+    """Chooses shapes. `shapes` are all that it may choose, the largest last; None stands for the drafter's own tree."""
+
+    @property
+    def shapes(self) -> Sequence[TreeShape | None]: ...
+
+    def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape | None:
+        """The shape of the next step of these slots, whose longest has so many committed columns."""
+
+    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None:
+        """What the step came to: drafted tokens that each slot accepted, and its wall time."""
+
+    def forget(self, slot: Hashable) -> None:
+        """A slot has ended."""
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Always the same tree."""
+
+    shape: TreeShape | None = None
+
+    @property
+    def shapes(self) -> Sequence[TreeShape | None]:
+        return (self.shape,)
+
+    def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape | None:
+        return self.shape
+
+    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None: ...
+
+    def forget(self, slot: Hashable) -> None: ...
+
+
+def ladder(largest: TreeShape) -> tuple[TreeShape, ...]:
+    """No draft, the rungs that fit within a drafter's own tree in every respect, and that tree."""
+    fitting = [
+        rung
+        for rung in LADDER
+        if rung.num_steps <= largest.num_steps and rung.topk <= largest.topk and rung.nodes < largest.nodes
+    ]
+    return (NO_DRAFT, *fitting, largest)
+
+
+@dataclass
+class Survival:
+    """How likely each level of a tree is missed once it is reached, in terms of a chain: a single guess a level.
+
+    A level of w nodes misses with probability m^(1 + log10 w), m being a chain's miss: ten nodes miss as often as two
+    independent single guesses would. Crude, and corrected by shape (`Planner`); it lets one shape's history speak for
+    the others. Estimates are means of the first looks, later exponentially weighted ones.
+
+    misses  of levels 1, 2, ...
+    looks   at each level so far
+    memory  looks that an estimate remembers
+    """
+
+    memory: int
+    misses: list[float] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
+
+    def learn(self, shape: TreeShape, accepted: int) -> None:
+        """A tree of this shape was followed so far down."""
+        levels, power = _law(shape)
+        for level in range(min(accepted + 1, levels)):
+            if level == len(self.misses):  # never seen: it begins as the one above, with a little trust
+                self.misses.append(_at(self.misses, level))
+                self.looks.append(2)
+            self.looks[level] = min(self.looks[level] + 1, self.memory)
+            miss = self.misses[level] ** power
+            miss += (float(level == accepted) - miss) / self.looks[level]
+            self.misses[level] = miss ** (1 / power)
+
+    def heir(self, memory: int) -> Survival:
+        """One that starts with these estimates and trusts them as its own."""
+        return Survival(memory, list(self.misses), [memory] * len(self.misses))
+
+
+def expected(misses: Sequence[float], shape: TreeShape) -> float:
+    """Tokens of a tree of this shape that are accepted, the bonus not counted, by a chain's misses of each level."""
+    levels, power = _law(shape)
+    total, reach = 0.0, 1.0
+    for level in range(levels):
+        reach *= 1 - _at(misses, level) ** power
+        total += reach
+    return total
+
+
+def _at(misses: Sequence[float], level: int) -> float:
+    """Where nobody has looked, the level above speaks; without any, most drafters' habits."""
+    return misses[min(level, len(misses) - 1)] if misses else 0.4
+
+
+@cache
+def _law(shape: TreeShape) -> tuple[int, float]:
+    """Levels, and the power of a chain's miss that a level of so many nodes on average has."""
+    levels = shape.levels
+    return levels, 1 + math.log10((shape.nodes - 1) / levels) if levels else 1.0
+
+
+@dataclass
+class _Record:
+    """What one shape accepted, against what `Survival` expected; old steps fade."""
+
+    expected: float = 8.0
+    accepted: float = 8.8  # a shape that was never tried may be a little better than the law says
+
+    def learn(self, expected: float, accepted: float) -> None:
+        self.expected = 0.97 * self.expected + expected
+        self.accepted = 0.97 * self.accepted + accepted
+
+    @property
+    def ratio(self) -> float:
+        return self.accepted / self.expected if self.expected else 1.0
+
+
+class Planner:
+    """The adaptive plan over a ladder of shapes, of which the first drafts nothing.
+
+    The purse holds steps of plain decoding. Each step pays in what its tokens would have cost without drafts and pays
+    out what it cost; a shape is open to choice only if the purse could bear that nothing of it is accepted. So at no
+    time has speculation lost more than CREDIT steps and INCOME of the tokens, whatever drafter and text do, once the
+    costs are known.
+    """
+
+    def __init__(self, shapes: Sequence[TreeShape], costs: Costs) -> None:
+        self.shapes, self._costs = tuple(shapes), costs
+        self._common = Survival(memory=100)
+        self._slots: dict[Hashable, Survival] = {}
+        self._records = {shape: _Record() for shape in self.shapes}
+        self._purse, self._plain_steps = CREDIT, 0
+        self._chosen, self._scale, self._known = NO_DRAFT, (0, 0), False
+        self._expected: dict[TreeShape, float] = {}
+
+    def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape:
+        """Take turns while the scale is new; then the best that the purse can bear."""
+        self._scale = scale_of(len(slots), columns)
+        misses = _mean([self._survival(slot).misses for slot in slots])
+        self._expected = {shape: expected(misses, shape) for shape in self.shapes}
+        untimed = self._costs.untimed(self._scale)
+        self._known = untimed is None
+        self._chosen = self._best() if untimed is None else untimed
+        return self._chosen
+
+    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None:
+        """Costs, survival, the record of the shape, and the purse."""
+        shape, mean = self._chosen, sum(accepted.values()) / len(accepted)
+        self._costs.learn(self._scale, shape, seconds)
+        if shape != NO_DRAFT:
+            self._records[shape].learn(self._expected[shape], mean)
+            for slot, count in accepted.items():
+                self._survival(slot).learn(shape, count)
+                self._common.learn(shape, count)
+        if self._known:
+            won = 1 + mean - self._price(shape)
+            self._purse = min(self._purse + won + INCOME * (1 + mean), CREDIT)
+            # A probe that pays is followed by the next one at once.
+            self._plain_steps = self._plain_steps + 1 if shape == NO_DRAFT else PATIENCE if won > 0 else 0
+
+    def forget(self, slot: Hashable) -> None:
+        """Its estimates go; what all slots have in common stays."""
+        self._slots.pop(slot, None)
+
+    def _best(self) -> TreeShape:
+        costs = self._costs.of(self._scale)
+
+        def rate(shape: TreeShape) -> float:
+            return (1 + self._expected[shape] * self._records[shape].ratio) / costs[shape]
+
+        bearable = [shape for shape in self.shapes if shape != NO_DRAFT and self._price(shape) - 1 <= self._purse]
+        if not bearable:
+            return NO_DRAFT
+        best = max(bearable, key=rate)
+        return best if rate(best) > rate(NO_DRAFT) or self._plain_steps >= PATIENCE else NO_DRAFT
+
+    def _price(self, shape: TreeShape) -> float:
+        """Of a step, in steps of plain decoding."""
+        costs = self._costs.of(self._scale)
+        return costs[shape] / costs[NO_DRAFT]
+
+    def _survival(self, slot: Hashable) -> Survival:
+        return self._slots.setdefault(slot, self._common.heir(memory=12))
+
+
+def _mean(misses: Sequence[Sequence[float]]) -> list[float]:
+    """Of all slots, level by level; a slot that has not seen a level has no say there."""
+    levels = ([miss for miss in level if miss is not None] for level in zip_longest(*misses))
+    return [sum(level) / len(level) for level in levels]
