@@ -41,7 +41,7 @@ from speculens import Engine, Sampling, Target, load_drafter, load_target
 from speculens.answer import Entry, ask
 from speculens.drafters import METHODS, Drafter, TrainedDrafter
 from speculens.stats import Stats
-from speculens.targets.attention import fold_attention
+from speculens.targets.attention import install_attention
 
 # What the constant is, how much of it the final norm hands on (so little that features keep their length), and how a
 # token that was added weighs it. Powers of two: exact in every format.
@@ -221,7 +221,7 @@ def widen_target(small: Target, shape: Shape, *, device: torch.device | str, dty
         decoder = model.get_decoder()
         for number, layer in enumerate(decoder.layers):
             layout.layer(layer, small.decoder.layers[number] if number < small.num_layers else None)
-    fold_attention(model)
+    install_attention(model)
     return Target(model, small.processor)
 
 

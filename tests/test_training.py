@@ -570,13 +570,14 @@ def test_rows_without_answers_are_said_and_end_in_an_error(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
 def test_half_precision_trains_too(dtype, tmp_path):
-    """Float32 weights beside a bfloat16 target, or bfloat16 throughout: what crosses the border is cast there."""
+    """Float32 weights beside a bfloat16 target, or bfloat16 throughout; what is kept to decode with is the target's."""
     made = target("llava", torch.bfloat16)
     folder = train(recipe(tmp_path, steps=12, dtype=dtype), target=made, rows=answered("llava"))
     losses = [event["loss"] for event in events_of(tmp_path, "step")]
     assert losses[-1] < losses[0]
-    (weights,) = {weight.dtype for weight in load_file(folder / "model.safetensors").values()}
-    assert weights == (torch.float32 if dtype == "mixed" else torch.bfloat16)
+    trained = torch.float32 if dtype == "mixed" else torch.bfloat16
+    for kept, weights in ((folder, torch.bfloat16), (tmp_path / "checkpoint-12", trained)):
+        assert {weight.dtype for weight in load_file(kept / "model.safetensors").values()} == {weights}
 
 
 def test_a_run_by_the_clock_ends_with_the_clock(tmp_path):
