@@ -127,3 +127,42 @@ def test_linear_on_one_row(outputs, inputs, bias):
     torch.testing.assert_close(
         kernels.linear_row(row, weight, added), ops.linear(row, weight, added), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_single_row_without_gradients_takes_the_kernel(monkeypatch, bias):
+    dtype = torch.float16
+    layer = torch.nn.Linear(700, 37, bias=bias).to(DEVICE, dtype)
+    one, many = randn(1, 1, 700, dtype=dtype), randn(1, 2, 700, dtype=dtype)
+    with torch.no_grad():
+        want = layer(one)
+        assert ops.linear(one, layer.weight, layer.bias).equal(want)
+        monkeypatch.setattr(ops, "kernels_for", lambda _: kernels)
+        taken = []
+        own = kernels.linear_row
+        monkeypatch.setattr(kernels, "linear_row", lambda *given: taken.append(given) or own(*given))
+        torch.testing.assert_close(ops.linear(one, layer.weight, layer.bias), want, **CLOSE[dtype])
+        ops.linear(many, layer.weight, layer.bias)
+    assert len(taken) == 1
+    ops.linear(one, layer.weight, layer.bias).sum().backward()  # training keeps torch's, which has gradients
+    assert len(taken) == 1 and layer.weight.grad is not None
+
+
+def test_the_default_number_of_splits(monkeypatch):
+    """As many programs as a device of 132 processors holds twice, and never more than 32 splits."""
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(kernels, "_attend", Launch())
+    monkeypatch.setattr(kernels, "_merge", Launch())
+    monkeypatch.setattr(kernels, "_processors", lambda _: 132)
+    for heads, kv_heads, nodes, columns in [(28, 4, 1, 1216), (28, 4, 1, 8256), (28, 4, 60, 8256), (32, 32, 1, 8256)]:
+        keys = torch.empty(1, kv_heads, columns, 128, dtype=torch.float16)
+        queries = torch.empty(1, heads, nodes, 128, dtype=torch.float16)
+        seen = torch.ones(1, nodes, nodes, dtype=torch.bool)
+        kernels.attend(queries, keys, keys, torch.tensor([columns - nodes]), seen, 1.0)
+    assert [grid[2] for grid in grids if len(grid) == 3] == [19, 32, 9, 8]

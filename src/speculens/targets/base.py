@@ -20,6 +20,7 @@ from speculens.cache import SlotCache
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import is_plain, linear
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode
@@ -127,7 +128,9 @@ class Target:
     def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor:
         """The head, or some of its rows, on hidden states after the final norm: (..., H) -> (..., V)."""
         head = self.head if head is None else head
-        logits = head(hidden.to(head.weight.device)).to(self.device)
+        hidden = hidden.to(head.weight.device)
+        logits = linear(hidden, head.weight, head.bias) if is_plain(head) else head(hidden)
+        logits = logits.to(self.device)
         if self._softcap and self._softcap_applies:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from speculens.attention import TreeMask, tree_attention
 from speculens.cache import SlotCache
-from speculens.ops import Gains, Joined, add_norm, linear, rotate_into, swiglu
+from speculens.ops import Gains, Joined, add_norm, is_watched, linear, rotate_into, swiglu
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _faults(decoder: Any) -> Iterator[str]:
         groups = [_named(attention, PROJECTIONS), _named(mlp, GATES), [attention.o_proj], [mlp.down_proj]]
         if not all(Joined.possible(group) for group in groups):
             yield "its projections are not plain linear layers"
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):  # noqa: SLF001
+        if any(map(is_watched, layer.modules())):
             yield "something listens to its layers"
 
 
