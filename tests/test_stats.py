@@ -69,6 +69,8 @@ def test_draft_time_is_a_share_of_decoding_without_prefill():
     for part, seconds in {"prefill": 50.0, "draft": 1.0, "observe": 1.0, "score": 5.0, "choose": 1.0}.items():
         stats.add_seconds(part, seconds)
     assert stats.draft_time_fraction == 2 / 8
+    stats.add_seconds("step", 1.0)  # one graph: nobody sees what the drafter takes of it
+    assert stats.draft_time_fraction is None
 
 
 def test_prefill_ratio_is_of_rows_pooled():

@@ -865,7 +865,11 @@ def _print_json(values: dict[str, Any]) -> None:
 def _versions() -> dict[str, str]:
     from importlib import metadata  # it reads slowly, for a module that --help must wait for
 
-    return {name: metadata.version(name) for name in ("speculens", "torch", "transformers")}
+    found = {}
+    for name in ("speculens", "torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # this package may run from its sources
+            found[name] = metadata.version(name)
+    return found
 
 
 def _hush() -> None:

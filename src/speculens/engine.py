@@ -97,7 +97,8 @@ class Engine:
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
     shape     draft tree; None takes the drafter's own; `auto` sizes each step's by cost and acceptance (`plan.py`); or
               any other Plan
-    timed     wait for the device around each part, so that `Stats.seconds` is true on a GPU (costs speed there)
+    timed     run part by part, never as a graph, and wait for the device around each: `Stats.seconds` is then true on a
+              GPU, of eager steps (costs speed there)
     prefill_chunk  rows of a submitted prompt that are filled in between two steps of the running slots; None: all
     capture   `auto`: on one CUDA device, steps are recorded as graphs and replayed; `off`: they never are
     """
@@ -117,7 +118,7 @@ class Engine:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
         self.capacity = capacity or min(target.context, 4096)
-        self._recorded = capture == "auto" and target.device.type == "cuda"
+        self._recorded = capture == "auto" and not timed and target.device.type == "cuda"
         self._plan = self._planned(shape)
         largest = self._plan.shapes[-1]
         self._drafter = self.drafter.session(target, slots, self.capacity, largest)
@@ -130,7 +131,7 @@ class Engine:
         self._patience = largest.levels + 1 if largest else 1  # as many rows as observing a whole path takes
         self._put_off = 0  # steps whose tokens the drafter has not observed yet
         self._loop = Loop(self._target, self._drafter, slots, target.device, self._patience)
-        self._recorder = Recorder(self._loop.step, self._loop.state if capture == "auto" else None)
+        self._recorder = Recorder(self._loop.step, self._loop.state if self._recorded else None)
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
 
     @property
@@ -142,6 +143,11 @@ class Engine:
     def pending(self) -> Sequence[Slot]:
         """Submitted requests that do not run yet, the next one first."""
         return (*([self._filling[0]] if self._filling else []), *self._waiting)
+
+    @property
+    def replays(self) -> int:
+        """Steps that ran as recorded graphs; the others ran one kernel at a time."""
+        return self._recorder.replays
 
     @property
     def kv_bytes(self) -> dict[str, int]:

@@ -192,8 +192,8 @@ def attend(
 ) -> Tensor:
     """`attention.tree_attention`: columns split over programs, partial results merged by their log-sum-exp.
 
-    The columns that exist are shared out evenly among `splits`, whatever the bucket. The result (B, heads, N, d) lies in
-    memory as (B, N, heads, d).
+    The columns that exist are shared out evenly among `splits`, whatever the bucket. The result (B, heads, N, d) lies
+    in memory as (B, N, heads, d).
     """
     batch, heads, nodes, dim = queries.shape
     kv_heads, columns = keys.shape[1:3]
@@ -205,8 +205,8 @@ def attend(
     block_s = 64 if queries.element_size() * block_d <= 256 else 32
     grid = triton.cdiv(rows, block_m), batch * kv_heads
     if splits is None:
-        # As many as fill the device twice: two programs run on a processor, and a third would wait for them. At most 32,
-        # because one warp holds all partial results of a row while it merges them, and spills beyond.
+        # As many as fill the device twice: two programs run on a processor, and a third would wait for them. At most
+        # 32, because one warp holds all partial results of a row while it merges them, and spills beyond.
         twice = 2 * _processors(queries.device) // (grid[0] * grid[1])
         splits = max(1, min(triton.cdiv(columns, block_s), twice, 32))
     out = queries.new_empty(batch, nodes, heads, dim)

@@ -20,7 +20,7 @@ class Stats:
     num_draft_tokens     drafted nodes that were scored
     num_accepted_tokens  drafted tokens that the target kept
     accepted_at          accepted_at[i]: passes that kept at least i + 1 drafted tokens
-    seconds              by part: prefill, draft, score, choose, observe
+    seconds              by part: prefill, draft, score, choose, observe; or step, where all four were one graph
     drafter_notes        what the drafter decided about each picture, lists by name; most drafters decide nothing
     """
 
@@ -105,8 +105,13 @@ class Stats:
         return self.num_drafter_rows / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
 
     @property
-    def draft_time_fraction(self) -> float:
-        """Share of decoding time that the drafter takes (prefill apart)."""
+    def draft_time_fraction(self) -> float | None:
+        """Share of decoding time that the drafter takes (prefill apart); None where steps were graphs: it is not seen.
+
+        `Engine(timed=True)` sees it, of steps that run one kernel at a time.
+        """
+        if "step" in self.seconds:
+            return None
         decode = sum(seconds for part, seconds in self.seconds.items() if part != "prefill")
         return (self.seconds.get("draft", 0.0) + self.seconds.get("observe", 0.0)) / decode if decode else 0.0
 

@@ -100,8 +100,8 @@ def differences(name: str, records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_costs(pooled: dict[str, Any], costs: Mapping[str, float] | None) -> dict[str, Any]:
-    """Where the time goes, from the closer look: it waited for the device around each part."""
+def _with_costs(pooled: dict[str, Any], costs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where the time goes, from the closer look: it ran eagerly and waited for the device around each part."""
     if not costs:
         return pooled
     return {**pooled, "draft_time_fraction": costs["draft_time_fraction"], "costs": dict(costs)}

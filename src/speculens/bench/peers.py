@@ -55,7 +55,7 @@ def load_peer(name: str, target: Target, temperature: float) -> Contender:
 
 def generate(target: Target, options: Mapping[str, Any], prompt: Prompt, sampling: Sampling) -> Answer:
     """One greedy answer of transformers' own loop, with the time of each pass."""
-    inputs = {name: value.to(target.device) for name, value in prompt.inputs.items()}
+    inputs = target.fitted(prompt.inputs)
     watch = _Watch()
     begun = time.perf_counter()
     try:

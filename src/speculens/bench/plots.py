@@ -280,7 +280,8 @@ DRAWINGS = (
     _Drawing(
         "cost-split",
         "Where the time goes",
-        "From a closer look at a few answers, waiting for the device around each part. Verify is scoring and choosing, "
+        "From a closer look at a few answers: eager steps, waiting for the device around each part, where measured "
+        "ones may have been graphs. Verify is scoring and choosing, "
         "draft includes what the drafter learns from each pass, host is the rest.",
         _cost_split,
     ),

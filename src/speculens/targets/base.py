@@ -186,10 +186,9 @@ class Target:
             caught.update(kwargs)
             raise _StoppedError
 
-        moved = {name: self._fitted(value) for name, value in inputs.items()}
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**moved, past_key_values=cache, use_cache=cache is not None)
+            self.model(**self.fitted(inputs), past_key_values=cache, use_cache=cache is not None)
         except _StoppedError:
             pass
         finally:
@@ -198,10 +197,14 @@ class Target:
             raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
         return caught
 
-    def _fitted(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+    def fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of the model's forward on its device, pictures in its dtype."""
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
 
     @property
     def calibrated(self) -> bool:
@@ -213,7 +216,7 @@ class Target:
         if self.calibrated:
             return
         assert self._softcap is not None  # noqa: S101 - for the type checker: else it is calibrated
-        own = self.model(**{k: self._fitted(v) for k, v in inputs.items()}, logits_to_keep=1).logits[0, -1].float()
+        own = self.model(**self.fitted(inputs), logits_to_keep=1).logits[0, -1].float()
         plain = self.head(hidden).float()
         capped = torch.tanh(plain / self._softcap) * self._softcap
         self._softcap_applies = bool((own - capped).abs().max() < (own - plain).abs().max())

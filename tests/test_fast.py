@@ -1,0 +1,51 @@
+"""What of the speed table can be tested without a GPU: a dry run, how kernels become figures, and that time runs out."""
+
+import json
+import sys
+
+import pytest
+from benchmarks import fast
+
+
+def test_a_dry_run_ends_in_one_line_of_json(monkeypatch, capsys, tmp_path):
+    words = ["--target", "testbed/weights/llava", "--drafters", "testbed/weights/llava-eaglevlm"]
+    words += ["--tiny", "--parts", "memory", "--long-pictures", "1", "--tree", "1", "2", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["fast", *words])
+    fast.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["setting"]["fused"]
+    kept = results["memory"]["kv_bytes"]
+    assert 0 < kept["none"]["promised"] < kept["llava-eaglevlm"]["promised"]
+    saved = json.loads((tmp_path / "memory.json").read_text())
+    assert saved == results["setting"] | results["memory"]
+
+
+def test_rests_between_kernels_are_the_hosts_if_they_are_long():
+    """Two steps: kernels that overlap, one that follows at once, and a wait of 40 microseconds."""
+    found = fast.kernels_and_rests([("b", 8.0, 20.0), ("a", 0.0, 10.0), ("a", 22.0, 30.0), ("b", 70.0, 100.0)], 2, 1)
+    assert found.pop("by_name") == {"b": {"ms": 0.021, "count": 1}}
+    assert found == pytest.approx(
+        {
+            "kernels": 2,
+            "profiled_ms": 0.05,
+            "kernels_ms": 0.029,
+            "short_rests_ms": 0.001,
+            "host_ms": 0.02,
+            "host_share": 0.4,
+        }
+    )
+
+
+def test_a_round_that_time_runs_out_in_does_not_count():
+    calls = []
+
+    def measure(name):
+        calls.append(name)
+        if len(calls) > 5:
+            fast.Clock(-1).check()
+        return len(calls)
+
+    assert fast._rounds({name: lambda name=name: measure(name) for name in "ab"}, 9) == {"a": [4], "b": [3]}
+    assert calls == [*"ab", *"ba", *"ab"]
+    with pytest.raises(fast.OutOfTimeError):
+        fast._rounds({"a": lambda: measure("a")}, 2)
