@@ -1,4 +1,4 @@
-"""What of the speed table can be tested without a GPU: a dry run, how kernels become figures, and that time runs out."""
+"""What of the speed table can be tested without a GPU: a dry run, figures from kernels, and that time runs out."""
 
 import json
 import sys
