@@ -272,7 +272,7 @@ def _profile(engine: Engine, prompt: Prompt, sampling: Sampling, most: int, step
 
 
 def kernels_and_rests(kernels: Sequence[tuple[str, float, float]], steps: int, most: int) -> dict[str, Any]:
-    """Figures of one of so many steps, from all kernels (name, begin, end) in microseconds; the `most` longest names."""
+    """Figures of one of so many steps, from all kernels (name, begin, end) in us; the `most` longest names."""
     if not kernels:
         return {"kernels": 0}
     spent: dict[str, list[float]] = {}
