@@ -15,12 +15,22 @@ accepted, and only the number of columns that a step looks at depends on what th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+CACHE_NAMES = NEW_NAME, OLD_NAME = "cache", "past_key_values"  # in a forward: since transformers 5.24, and before
+
+
+def cache_arguments(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """How a Hugging Face model or decoder is given a cache, or none: by the name that its own forward has for it."""
+    name = NEW_NAME if NEW_NAME in inspect.signature(module.forward).parameters else OLD_NAME
+    return {name: cache, "use_cache": cache is not None}
 
 
 class SlotCache:
@@ -194,7 +204,7 @@ class SlotCache:
             yield block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
 
     def as_transformers(self) -> Cache:
-        """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
+        """This cache as the object that a Hugging Face decoder takes; `cache_arguments` says under which name."""
         return Cache(layers=[_Layer(self, layer) for layer in range(len(self._place))])
 
     def _put(self, layer: int, which: int, states: Tensor) -> None:
