@@ -228,10 +228,13 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache, layer: int) -> None:
-        super().__init__()
+    def __init__(self, cache: SlotCache, layer: int) -> None:  # nothing of the mixin's: no tensors, nothing to set up
         self._cache, self._layer = cache, layer
-        self.is_initialized = True
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]  # a variable in the mixin
+        # Models ask this to tell a prompt's beginning (PaliGemma: what sees itself both ways) from what follows.
+        return self._cache.before > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Everything is allocated already."""
