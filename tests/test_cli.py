@@ -160,7 +160,8 @@ def test_the_tree_options_and_their_other_names(run, shelf, monkeypatch):
     run(*command, "--num-steps", 1, "--topk", 2, "--num-draft-tokens", 4)
     run(*command, "--depth", 1, "--total-token", 4)
     run(*command)
-    assert seen == [TreeShape(1, 2, 4), TreeShape(1, 3, 4), None]  # what is not said is the drafter's own
+    # What is not said beside others is the drafter's own; where nothing is, each step's tree is sized.
+    assert seen == [TreeShape(1, 2, 4), TreeShape(1, 3, 4), "auto"]
 
 
 def test_picture_or_question_from_standard_input(run, shelf, monkeypatch):
@@ -284,6 +285,14 @@ def test_inspect_one_of_them(run, shelf):
     assert run("inspect", "--target", shelf.llava, "--json").json["fits"] is None
     assert "nothing (hidden)" in run("inspect", "--drafter", "lookup").out
     assert "seconds" not in run("inspect", "--drafter", "none").out
+
+
+def test_inspect_shows_what_a_drafter_keeps_of_a_picture(run, shelf):
+    asked = ("inspect", "--target", shelf.llava, "--drafter", shelf.eagle, "--image", shelf.picture)
+    view = run(*asked, "--json").json["view"]
+    assert view["num_drafter_rows"] == view["num_prompt_tokens"] > view["num_visual_tokens"] > 0
+    assert view["drafter_prefill_ratio"] == 1
+    assert "100.0% of the target's" in run(*asked).out
 
 
 # --- train
