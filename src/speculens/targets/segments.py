@@ -37,9 +37,7 @@ def segmented_attention(
     cu_seq_lens_q  (S + 1,) bounds of the segments
     """
     starts: dict[int, list[int]] = {}  # by length
-    for start, end in pairwise(
-        cu_seq_lens_q.tolist()
-    ):  # one host read, not one for each length
+    for start, end in pairwise(cu_seq_lens_q.tolist()):  # one host read, not one for each length
         starts.setdefault(end - start, []).append(start)
     mixed = torch.empty_like(query[0])
     for length, found in starts.items():
