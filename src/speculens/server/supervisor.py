@@ -19,11 +19,12 @@ from typing import Any
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
 from speculens.server.settings import Limits, Model
-from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Occupied, Piece, Ready, Refusal
+from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Occupied, Piece, Ready, Refusal, Warming
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a worker that died without having served is started again
+TENTHS = 10  # lines in the log about a worker's warm-up
 GRACE = 15.0  # seconds after a request's deadline in which the worker must have said so itself
 
 
@@ -98,16 +99,17 @@ class Supervisor:
     def start(self) -> None:
         """Load the model and return when it is there. Raises UserError if it cannot be loaded."""
         link = self._link = _Link(self._model, self._limits)
-        try:
-            events = link.receive()
-        except EOFError:
-            raise UserError(f"The worker died while it loaded the model: {link.fate()}.") from None
-        for event in events:
-            if isinstance(event, Broken):
-                link.end()
-                link.fate()
-                raise UserError(event.reason)
-            self._take(event)
+        while self._status.name != "ok":
+            try:
+                events = link.receive()
+            except EOFError:
+                raise UserError(f"The worker died while it loaded the model: {link.fate()}.") from None
+            for event in events:
+                if isinstance(event, Broken):
+                    link.end()
+                    link.fate()
+                    raise UserError(event.reason)
+                self._take(event)
         self._keeper = threading.Thread(target=self._keep, args=(link,), name="speculens-keeper", daemon=True)
         self._keeper.start()
 
@@ -200,17 +202,25 @@ class Supervisor:
                 link.end()
 
     def _listen(self, link: _Link) -> bool:
-        """Deliver until the pipe ends; whether the worker ever was ready."""
+        """Deliver until the pipe ends; whether the worker ever was ready. One that then falls silent is killed."""
         while True:
+            ready = self._status.name == "ok"
             try:
-                events = link.receive()
+                events = link.receive(self._limits.silent_seconds if ready else None)
             except EOFError:
-                return self._status.name == "ok"
+                return ready
+            except SilenceError:
+                self._last_words = f"the worker was silent for {self._limits.silent_seconds:g} seconds and was killed"
+                link.end()
+                continue
             for event in events:
                 self._take(event)
 
     def _take(self, event: Event) -> None:
         match event:
+            case Warming(done, total):
+                if done * TENTHS // total > (done - 1) * TENTHS // total:
+                    log.info("the worker warms up: %d of %d", done, total)
             case Ready(facts):
                 self._facts, self._status = facts, Status("ok")
                 log.info("the worker is ready")
@@ -237,6 +247,10 @@ class Supervisor:
             ticket.post(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
 
 
+class SilenceError(Exception):
+    """The worker has not said anything for too long."""
+
+
 class _Link:
     """One worker process and the pipe to it. A thread of its own writes: a full pipe must not stop the event loop."""
 
@@ -253,12 +267,14 @@ class _Link:
     def send(self, command: Command) -> None:
         self._outbox.put(command)
 
-    def receive(self) -> list[Event]:
-        """The next events. Raises EOFError when the worker has gone."""
+    def receive(self, seconds: float | None = None) -> list[Event]:
+        """The next events, none if it only shows that it lives. Raises EOFError when it has gone, SilenceError if it may hang."""
         try:
-            return list(self._pipe.recv())
+            if self._pipe.poll(seconds):
+                return list(self._pipe.recv())
         except OSError:
             raise EOFError from None
+        raise SilenceError
 
     def fate(self) -> str:
         """How the process ended, once it has. Closes what belonged to it."""
