@@ -268,7 +268,7 @@ class _Link:
         self._outbox.put(command)
 
     def receive(self, seconds: float | None = None) -> list[Event]:
-        """The next events, none if it only shows that it lives. Raises EOFError when it has gone, SilenceError if it may hang."""
+        """The next events; none, if it only shows life. Raises EOFError after its end, SilenceError if it hangs."""
         try:
             if self._pipe.poll(seconds):
                 return list(self._pipe.recv())
