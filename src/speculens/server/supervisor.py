@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a worker that died without having served is started again
 TENTHS = 10  # lines in the log about a worker's warm-up
 GRACE = 15.0  # seconds after a request's deadline in which the worker must have said so itself
+
+
+Work: TypeAlias = Callable[[Any, Model, Limits], None]
+"""What the worker's process runs: it speaks through a pipe until that ends."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,19 @@ class Ticket:
         self._mail.put_nowait(event)
 
 
+def work(pipe: Any, model: Model, limits: Limits) -> None:
+    """In the new process. Only there is torch imported."""
+    importlib.import_module("speculens.server.worker").main(pipe, model, limits)
+
+
 class Supervisor:
     """Keeps one worker alive and brings requests to it. Bounded: `slots + queue` sequences, and not one more."""
 
-    def __init__(self, model: Model, limits: Limits, on_event: Callable[[Event], None] = lambda _: None) -> None:
+    def __init__(
+        self, model: Model, limits: Limits, on_event: Callable[[Event], None] = lambda _: None, work: Work = work
+    ) -> None:
         self._model, self._limits, self._on_event = model, limits, on_event
+        self._start = lambda: _Link(work, model, limits)
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
@@ -98,7 +110,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Load the model and return when it is there. Raises UserError if it cannot be loaded."""
-        link = self._link = _Link(self._model, self._limits)
+        link = self._link = self._start()
         while self._status.name != "ok":
             try:
                 events = link.receive()
@@ -197,7 +209,7 @@ class Supervisor:
             pause = FIRST_PAUSE if served else min(pause * 2, LONGEST_PAUSE)
             if self._closing.wait(pause):
                 return
-            link = self._link = _Link(self._model, self._limits)
+            link = self._link = self._start()
             if self._closing.is_set():  # stop() may have looked at the one before
                 link.end()
 
@@ -254,10 +266,10 @@ class SilenceError(Exception):
 class _Link:
     """One worker process and the pipe to it. A thread of its own writes: a full pipe must not stop the event loop."""
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, work: Work, model: Model, limits: Limits) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, model, limits), name="speculens-worker", daemon=True)
+        self.process = context.Process(target=work, args=(theirs, model, limits), name="speculens-worker", daemon=True)
         self.process.start()
         theirs.close()
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -293,8 +305,3 @@ class _Link:
         while (command := self._outbox.get()) is not None:
             with contextlib.suppress(OSError):  # the worker has gone; whoever reads the pipe notices, too
                 self._pipe.send(command)
-
-
-def _work(pipe: Any, model: Model, limits: Limits) -> None:
-    """In the new process. Only there is torch imported."""
-    importlib.import_module("speculens.server.worker").main(pipe, model, limits)
