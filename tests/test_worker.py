@@ -182,6 +182,14 @@ def test_a_worker_with_nothing_to_do_shows_that_it_lives(client):
         assert client.pipe.recv() == []
 
 
+def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    here, there = Pipe()
+    worker.main(there, Model(str(tmp_path)), Limits())
+    (broken,) = here.recv()
+    assert broken.reason.startswith("There is no model at")
+
+
 def test_a_server_may_size_its_trees(monkeypatch):
     monkeypatch.setattr(worker, "load_target", lambda *_, **__: oracle.target("llava"))
     monkeypatch.setattr(worker, "load_drafter", lambda *_, **__: oracle.random_eagle("llava"))
