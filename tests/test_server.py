@@ -366,15 +366,22 @@ def test_a_killed_worker_is_told_and_replaced(served):
     assert served.ask().status_code == 200
 
 
-def test_the_end_lets_answers_finish_and_is_quiet(served):
-    with served.http.stream("POST", "/v1/chat/completions", json=body(stream=True, max_tokens=300)) as response:
-        lines = response.iter_lines()
-        next(lines)
+def test_the_end_lets_answers_finish_and_a_second_signal_tells_those_that_have_not(served):
+    short, long = (body(stream=True, max_tokens=tokens, n=n) for tokens, n in ((40, 1), (300, 16)))
+    with (
+        served.http.stream("POST", "/v1/chat/completions", json=short) as first,
+        served.http.stream("POST", "/v1/chat/completions", json=long) as second,
+    ):
+        lines, others = first.iter_lines(), second.iter_lines()
+        next(lines), next(others)
         served.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         assert served.ask().json()["error"]["code"] == "draining"
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert served.process.wait(20) == 0
+        served.process.send_signal(signal.SIGTERM)
+        last = [line for line in others if line][-1]
+    assert "the server has ended" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert served.process.wait(20) == -signal.SIGTERM
     assert "Traceback" not in served.log
 
 

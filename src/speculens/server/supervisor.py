@@ -138,6 +138,10 @@ class Supervisor:
         """Whether nothing runs any more, or it had its time."""
         return self._drain_until is not None and (not self._tickets or time.monotonic() > self._drain_until)
 
+    def dismiss(self) -> None:
+        """Tell those who still wait that the server ends before their answers do."""
+        self._end_all(ApiError(503, "The answer was lost: the server has ended.", code="draining", retry=5))
+
     def stop(self) -> None:
         """End the worker."""
         self._closing.set()
@@ -253,10 +257,13 @@ class Supervisor:
         log.error("%s; a new one is started", reason)
         self._status = Status("starting", f"{reason}; a new one is loading")
         self._occupied = 0
+        self._end_all(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
+
+    def _end_all(self, error: ApiError) -> None:
         with self._lock:
             lost = list(self._tickets.values())
         for ticket in lost:
-            ticket.post(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
+            ticket.post(error)
 
 
 class SilenceError(Exception):
