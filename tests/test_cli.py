@@ -287,6 +287,14 @@ def test_inspect_one_of_them(run, shelf):
     assert "seconds" not in run("inspect", "--drafter", "none").out
 
 
+def test_inspect_shows_what_a_drafter_keeps_of_a_picture(run, shelf):
+    asked = ("inspect", "--target", shelf.llava, "--drafter", shelf.eagle, "--image", shelf.picture)
+    view = run(*asked, "--json").json["view"]
+    assert view["num_drafter_rows"] == view["num_prompt_tokens"] > view["num_visual_tokens"] > 0
+    assert view["drafter_prefill_ratio"] == 1
+    assert "100.0% of the target's" in run(*asked).out
+
+
 # --- train
 
 

@@ -11,6 +11,7 @@ import torch
 import tiny
 from speculens.targets import Target
 from speculens.targets.segments import NAME, join_segments, segmented_attention
+from speculens.training.batches import Encoder, collate
 
 SEGMENTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -49,3 +50,19 @@ def test_another_attention_is_left_alone():
             module.config._attn_implementation_internal = "eager"
     join_segments(model)
     assert not towers(model)
+
+
+@pytest.mark.parametrize("family", SEGMENTED)
+def test_positions_made_on_the_host_are_the_models_own(family, monkeypatch):
+    """Rows of different pictures and lengths, padded on the right."""
+    target = Target(tiny.model(family, torch.float64), tiny.processor(family))
+    encoder = Encoder(target, 4096)
+    asked = [tiny.conversation(family, images=count, seed=count) for count in (1, 2)]
+    rows = [encoder.row(one.then("assistant", "Two circles. " * (3 - i))) for i, one in enumerate(asked)]
+    batch = collate(rows, 0, torch.float64)
+    made = target.teach(batch.inputs, batch.image).hidden
+    assert target._host_positions(batch.inputs)
+    monkeypatch.setattr(Target, "_host_positions", lambda *_: {})
+    own = target.teach(batch.inputs, batch.image).hidden
+    real = batch.inputs["attention_mask"].bool()
+    assert torch.equal(made[real], own[real])

@@ -307,14 +307,19 @@ def _compared(entries: Sequence[Entry]) -> dict[str, Any]:
 def inspect(
     target: Annotated[str | None, typer.Option(help="Folder or hub id of a vision-language model.")] = None,
     drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP)] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Show also what the drafter keeps of this picture (loads both); may be repeated."),
+    ] = None,
+    question: Annotated[str, typer.Option(help="What is asked about the pictures.")] = "What does the picture show?",
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Show what a target and a drafter are, and whether they fit."""
+    """Show what a target and a drafter are, whether they fit, and what the drafter keeps of a picture."""
     if target is None and drafter is None:
         raise UserError("Nothing to inspect: name a --target, a --drafter or both.")
     from speculens.checkpoints import load_drafter
-    from speculens.show import Screen, drafter_lines, target_lines
+    from speculens.show import Screen, drafter_lines, target_lines, view_lines
 
     _hush()
     screen = Screen(quiet=json)
@@ -334,8 +339,27 @@ def inspect(
         report["fits"] = report["reason"] is None
         screen.say()
         screen.say(report["reason"] or "They fit.", "bold")
+    if image:
+        if not (target and drafter):
+            raise UserError("--image shows what a drafter keeps of a picture: name a --target and a --drafter, too.")
+        report["view"] = _view(target, drafter, image, question, revision)
+        screen.say()
+        screen.facts("of this question", view_lines(report["view"]))
     if json:
         _print_json({**report, "versions": _versions()})
+
+
+def _view(target: str, drafter: str, images: Sequence[str], question: str, revision: str | None) -> dict[str, Any]:
+    """What a drafter keeps of a question with pictures, found by letting it begin."""
+    from speculens.engine import Engine
+    from speculens.sampling import Sampling
+
+    model, guesser = _load(target, drafter, Dtype.auto, None, None, revision)
+    prompt = model.encode(_conversation(question, images, None))
+    step = Engine(model, guesser, capacity=len(prompt) + 1).admit(prompt, Sampling(max_new_tokens=1))
+    told = step.slot.stats.to_dict()
+    names = ("num_prompt_tokens", "num_visual_tokens", "num_drafter_rows", "drafter_prefill_ratio", "drafter_notes")
+    return {name: told[name] for name in names}
 
 
 def _outline(name: str, revision: str | None) -> Target:

@@ -12,7 +12,7 @@ from typing import Any
 from speculens.answer import Answer, Entry, ask, warm_up
 from speculens.checkpoints import load_drafter
 from speculens.conversation import Conversation, Source, load_image
-from speculens.drafters import Drafter
+from speculens.drafters import METHODS, Drafter
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.page import Card, Section
@@ -26,7 +26,8 @@ LEAD = (
     "Small vision-language models describe pictures that they have not seen before. Every word is the model's own "
     "choice; the drafter only makes it come sooner."
 )
-NONE, LOOKUP, TRAINED = "none", "lookup", "eaglevlm"
+NONE, LOOKUP, BASELINE = "none", "lookup", "eaglevlm"
+SHOWN = ("hivis", BASELINE)  # whose answer streams: the first of these that is there
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one family's target answered: the trained drafter's answers as they were shown, and all drafters pooled."""
+    """What one family's target answered: one trained drafter's answers as they were shown, and all drafters pooled."""
 
     family: str
     about: str
@@ -121,22 +122,29 @@ def run(testbed: Path, family: str, max_new_tokens: int, screen: Screen) -> Outc
     """Describe the pictures with one family's target, with every drafter in turn."""
     folder = testbed / "weights" / family
     target = load_target(str(folder), device="cpu")
-    names = {NONE: NONE, LOOKUP: LOOKUP, TRAINED: f"{folder}-{TRAINED}"}
+    trained = {name: f"{folder}-{name}" for name in METHODS if name == BASELINE or Path(f"{folder}-{name}").is_dir()}
+    names = {NONE: NONE, LOOKUP: LOOKUP, **trained}
+    shown = next(name for name in SHOWN if name in trained)
     drafters = {name: load_drafter(path, dtype=target.dtype, device=target.device) for name, path in names.items()}
     parameters = sum(weight.numel() for weight in target.model.parameters())
     about = f"{target.num_layers} layers, {target.hidden_size} wide, {count(parameters)} parameters"
     screen.say(f"\n{family}: {about}", "bold")
     cases = held_out(testbed)
-    rounds = _rounds(target, drafters, cases, Sampling(max_new_tokens=max_new_tokens), screen)
+    rounds = _rounds(target, drafters, shown, cases, Sampling(max_new_tokens=max_new_tokens), screen)
     entries = [
         Entry(name, [answers[name] for answers in rounds], [answers[NONE] for answers in rounds]) for name in names
     ]
     screen.table(entries)
-    return Outcome(family, about, cases, [answers[TRAINED] for answers in rounds], entries)
+    return Outcome(family, about, cases, [answers[shown] for answers in rounds], entries)
 
 
 def _rounds(
-    target: Target, drafters: Mapping[str, Drafter], cases: Sequence[Case], sampling: Sampling, screen: Screen
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    shown: str,
+    cases: Sequence[Case],
+    sampling: Sampling,
+    screen: Screen,
 ) -> list[dict[str, Answer]]:
     """Every drafter's answer to every case. The order turns round from case to case, so that none is always first."""
     prompts = [target.encode(case.conversation) for case in cases]
@@ -148,10 +156,8 @@ def _rounds(
         screen.say(f"\n[{number + 1}/{len(cases)}] {case.title}", "bold")
         screen.say(case.question)
         order = list(engines) if number % 2 else list(reversed(engines))
-        answers = {
-            name: ask(engines[name], prompt, sampling, screen.run if name == TRAINED else None) for name in order
-        }
+        answers = {name: ask(engines[name], prompt, sampling, screen.run if name == shown else None) for name in order}
         screen.say()
-        screen.say(closing(answers[TRAINED]), "dim")
+        screen.say(closing(answers[shown]), "dim")
         rounds.append(answers)
     return rounds

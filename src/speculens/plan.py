@@ -4,9 +4,9 @@
     choice           the shape of the largest  expected(shape) / cost(shape, slots, columns)
 
 Costs are measured on this machine (`costs.py`). The s_i are tracked online for each slot, and a step that several share
-goes by their mean; c is what history makes of
-their law for this shape. The tree of one node drafts nothing: where it is the best choice, steps are plain decoding,
-and now and then a tree probes whether that is still so. A purse bounds what all of this can lose.
+goes by their mean; c is what history makes of their law for this shape. The tree of one node drafts nothing: where it
+is the best choice, steps are plain decoding, and now and then a tree probes whether that is still so. A purse bounds
+what all of this can lose.
 
 Any choice is lossless. The target draws its own next token at every node of whatever tree there is, and what is emitted
 are those draws; the tree only decides how many of them one pass makes known. Shapes are chosen before the step from

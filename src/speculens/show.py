@@ -179,6 +179,15 @@ def target_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def view_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What `inspect` says of a question with pictures."""
+    lines = {
+        "target's rows": f"{facts['num_prompt_tokens']:,}, {facts['num_visual_tokens']:,} of them of pictures",
+        "drafter's rows": f"{facts['num_drafter_rows']:,}, {facts['drafter_prefill_ratio']:.1%} of the target's",
+    }
+    return lines | {name: ", ".join(notes) for name, notes in facts["drafter_notes"].items()}
+
+
 def drafter_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     """What `inspect` says of a drafter."""
     tree = facts["tree"]

@@ -7,6 +7,7 @@ the decoder is called directly with embeddings, positions, a 4-D mask and our ca
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,7 @@ class Target:
         image   (B, n) bool
         """
         with torch.no_grad():
-            door = self.at_the_door(inputs, cache=None)
+            door = self.at_the_door(inputs | self._host_positions(inputs), cache=None)
             mask = door.get("attention_mask")
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 # A plain padding mask: the model adds causality and nothing else, so no real row sees the padding on
@@ -194,6 +195,18 @@ class Target:
         if "inputs_embeds" not in caught:
             raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
         return caught
+
+    def _host_positions(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """M-RoPE positions by the model's own rule, on the host: it reads row by row and number by number.
+
+        On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device.
+        """
+        rule = getattr(getattr(self.model, "model", None), "get_rope_index", None)
+        if rule is None or "mm_token_type_ids" not in inputs:
+            return {}
+        known = inspect.signature(rule).parameters
+        read = {name: value.cpu() for name, value in inputs.items() if name in known and isinstance(value, Tensor)}
+        return {"position_ids": rule(**read)[0]}
 
     def _fitted(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

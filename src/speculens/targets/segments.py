@@ -9,6 +9,7 @@ chosen for towers of that kind that would use sdpa.
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,11 +36,14 @@ def segmented_attention(
 
     cu_seq_lens_q  (S + 1,) bounds of the segments
     """
-    starts = cu_seq_lens_q[:-1].long()
-    lengths = cu_seq_lens_q.diff().long()
+    starts: dict[int, list[int]] = {}  # by length
+    for start, end in pairwise(
+        cu_seq_lens_q.tolist()
+    ):  # one host read, not one for each length
+        starts.setdefault(end - start, []).append(start)
     mixed = torch.empty_like(query[0])
-    for length in lengths.unique().tolist():
-        rows = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)
+    for length, found in starts.items():
+        rows = torch.tensor(found, device=query.device)[:, None] + torch.arange(length, device=query.device)
         q, k, v = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))  # (segments, heads, length, D)
         mixed[:, rows] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
     return mixed.transpose(0, 1)[None], None
