@@ -14,6 +14,9 @@ PIP_INSTALL := -m pip install --quiet --progress-bar off
 # Arithmetic in one thread a process: with more, two test workers on two cores fight for them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Tests that share something dear, such as a running server, stay in one test worker.
+SPREAD := -n $(JOBS) --dist loadgroup
+
 # The first interpreter that is new enough and can make environments (Debian's needs the python3-venv package).
 # Trying each matters: a name on the path may be a shim that only says it is not there.
 define make_venv
@@ -43,7 +46,7 @@ demo: $(VENV)/.installed ## describe a picture with and without a drafter, side 
 	@"$(BIN)/speculens" demo
 
 test: $(VENV)/.installed ## run the tests
-	@$(PYTEST) "$(BIN)/python" -m pytest -n $(JOBS) --durations=15 $(ARGS)
+	@$(PYTEST) "$(BIN)/python" -m pytest $(SPREAD) --durations=15 $(ARGS)
 
 # Apart from `test`: it needs a browser. Without one the tests are skipped, and say what to install.
 test-browser: $(VENV)/.installed ## test the page of the server in headless Chromium
@@ -70,7 +73,7 @@ test-newest: ## run the tests with the newest transformers that pyproject.toml a
 	@"$(NEWEST)/bin/python" $(PIP_INSTALL) --upgrade --upgrade-strategy eager \
 		"$$(grep '^torch==' constraints-cpu.txt)" --editable '.[dev]'
 	@"$(NEWEST)/bin/python" -m pip list | grep -E '^(transformers|torch|huggingface_hub) '
-	@$(PYTEST) "$(NEWEST)/bin/python" -m pytest -n $(JOBS) --durations=15 $(ARGS)
+	@$(PYTEST) "$(NEWEST)/bin/python" -m pytest $(SPREAD) --durations=15 $(ARGS)
 
 clean: ## remove caches and build products; .venv stays
 	@rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -201,7 +201,11 @@ def fuzz(client: httpx.Client, inputs: Iterator[Trouble]) -> tuple[Counter[str],
     seen: Counter[str] = Counter()
     faults = []
     for number, item in enumerate(inputs):
-        response = client.post("/v1/chat/completions", content=item.body, headers=item.headers)
+        try:
+            response = client.post("/v1/chat/completions", content=item.body, headers=item.headers)
+        except httpx.HTTPError as error:
+            faults.append(f"input {number}, {item.kind}: {type(error).__name__} {error}")
+            continue
         seen[f"{item.kind}: {response.status_code}"] += 1
         wrong = fault(response)
         if wrong:
@@ -333,7 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if urlsplit(options.url).hostname not in {"127.0.0.1", "localhost", "::1"}:
         parser.error("only a server on this machine may be troubled")
-    with httpx.Client(base_url=options.url, timeout=60) as http:
+    # Generous: where a mutation drops max_tokens, an answer may fill all the room there is.
+    with httpx.Client(base_url=options.url, timeout=600) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
         faults: list[str] = []
         if options.fuzz:

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from speculens import ops
 from speculens.attention import TreeMask, folded_attention, tree_attention
-from speculens.cache import SlotCache
+from speculens.cache import SlotCache, cache_arguments
 from speculens.targets.attention import NAME
 from speculens.targets.fused import FusedDecoder
 from speculens.tree import DraftTree
@@ -312,7 +312,7 @@ def time_decoder(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
             mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
             stub = torch.zeros(1, 1, 1, 1, dtype=DTYPE, device=DEVICE)
             embeds = decoder.embed_tokens(tree.tokens)
-            given = dict(position_ids=PREFIX + tree.depth, past_key_values=past, use_cache=True, tree=mask)
+            given = dict(position_ids=PREFIX + tree.depth, tree=mask, **cache_arguments(decoder, past))
             return decoder(inputs_embeds=embeds, attention_mask=stub, **given).last_hidden_state
 
         def ours(tree: DraftTree = tree, cache: SlotCache = cache) -> Tensor:

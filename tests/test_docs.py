@@ -20,6 +20,7 @@ FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "examples", "benchmarks
 TEXT = {".md", ".py", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".sh", ".jinja", ".cff", ""}
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users)/\w")
+CODE = re.compile(r"`([\w/.-]+)`")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -28,7 +29,8 @@ def name(page: Path) -> str:
 
 
 def text_files() -> Iterator[Path]:
-    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT)
+    # In a worktree `.git` is a file, and names the repository's place on this machine.
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git")
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
@@ -62,6 +64,24 @@ def broken_links(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
+
+
+def pages_linked_from(page: Path) -> set[Path]:
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    places = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose))
+    return {page} | {(page.parent / place).resolve() for place in places if place.endswith(".md")}
+
+
+def test_every_page_is_one_link_away_from_the_readme():
+    pages = set((ROOT / "docs").glob("*.md"))
+    assert sorted(map(name, pages - pages_linked_from(ROOT / "README.md"))) == []
+
+
+def test_the_file_table_names_every_file():
+    table = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    named = {PACKAGE / file for row in re.findall(r"^\|(.+?)\|", table, re.MULTILINE) for file in CODE.findall(row)}
+    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(map(name, files - named)) == []
 
 
 def test_a_broken_link_is_caught(tmp_path):

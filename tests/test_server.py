@@ -9,8 +9,10 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 import pytest
 from benchmarks.load import fuzz, troubles
@@ -20,6 +22,9 @@ from served import NAME, Served, body
 from speculens import Conversation, Engine, Sampling, load_target
 from speculens.cli import main
 
+pytestmark = pytest.mark.xdist_group("server")  # one server for all, also with several test workers
+KEY = "sesame"
+HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
 QUESTIONS = [f"{sentence} ({number})" for number, sentence in enumerate(tiny.SENTENCES * 4)][:16]
 
 
@@ -43,13 +48,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(folder):
     options = ("--dtype", "float64", "--drafter", "lookup", "--max-num-seqs", "4", "--max-model-len", "400")
-    with Served(folder, *options) as server:
+    guards = ("--api-key", KEY, "--max-images", "8", "--max-image-mp", "30", "--max-image-mb", "10")
+    with Served(folder, *options, *guards, "--prefill-chunk", "64") as server:
+        server.http.headers["authorization"] = f"Bearer {KEY}"
         yield server
 
 
 @pytest.fixture(scope="module")
 def client(served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
 
 
@@ -165,7 +172,14 @@ def test_models_health_and_metrics_tell_what_is_there(client, served):
     (model,) = client.models.list().data
     assert model.id == NAME
     assert model.speculens["family"] == "qwen2_5_vl"
-    assert model.speculens | {"slots": 4, "baseline": True, "remote_images": False} == model.speculens
+    facts = {
+        "slots": 4,
+        "baseline": True,
+        "sized": False,
+        "remote_images": False,
+        "limits": {"images": 8, "image_pixels": 30_000_000, "image_bytes": 10 * 2**20},
+    }
+    assert model.speculens | facts == model.speculens
     assert served.until_idle()["status"] == "ok"
     served.ask()
     exposed = served.http.get("/metrics").text
@@ -234,6 +248,24 @@ def test_a_full_queue_says_when_to_come_back(served):
     assert refused[0].headers["retry-after"] == "1"
 
 
+@pytest.mark.parametrize("key", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}], ids=str)
+def test_without_the_key_nothing_is_told(served, key):
+    for path in ("/v1/models", "/metrics", "/openapi.json"):
+        assert httpx.get(served.url + path, headers=key).status_code == 401
+    assert httpx.post(f"{served.url}/v1/chat/completions", headers=key, json=body()).status_code == 401
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+@contextmanager
+def asking(served, request):
+    """A connection on which a request was sent and nothing is read."""
+    place, data = urlsplit(served.url), json.dumps(request).encode()
+    head = f"{HEAD}content-length: {len(data)}\r\ncontent-type: application/json\r\n\r\n"
+    with socket.create_connection((place.hostname, place.port)) as stream:
+        stream.sendall(head.encode() + data)
+        yield
+
+
 def raw(served, request, size=200):
     """Bytes to the server, and the first of its answer."""
     place = urlsplit(served.url)
@@ -243,7 +275,7 @@ def raw(served, request, size=200):
 
 
 def test_bodies_are_limited_announced_or_in_pieces(served):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    head = HEAD.encode()
     assert b" 413 " in raw(served, head + b"content-length: 1099511627776\r\n\r\n")
     piece = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     chunked = head + b"transfer-encoding: chunked\r\n\r\n" + piece * 32 + b"1\r\n \r\n"
@@ -271,21 +303,13 @@ def test_a_client_that_leaves_frees_its_slot(served):
     with served.http.stream("POST", "/v1/chat/completions", json=body(stream=True, max_tokens=300, n=4)) as response:
         next(response.iter_lines())
     served.until_idle()
-    place = urlsplit(served.url)
-    data = json.dumps(body(max_tokens=300)).encode()
-    with socket.create_connection((place.hostname, place.port)) as stream:  # one that would get the answer whole
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
-        stream.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+    with asking(served, body(max_tokens=300)):  # one that would get the answer whole
         served.until_health(lambda health: health["running"] == 1)
     served.until_idle()
 
 
 def test_a_client_that_does_not_read_slows_no_other(served):
-    place = urlsplit(served.url)
-    data = json.dumps(body(stream=True, max_tokens=300, speculens={"steps": True})).encode()
-    with socket.create_connection((place.hostname, place.port)) as stream:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
-        stream.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+    with asking(served, body(stream=True, max_tokens=300, speculens={"steps": True})):
         assert served.ask().status_code == 200
 
 
@@ -301,14 +325,14 @@ def test_the_schema_finds_no_fault_in_the_server(served):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings  # noqa: PLC0415 - only where schemathesis is
 
-    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json", headers={"authorization": f"Bearer {KEY}"})
     seen = set()
     for operation in (found.ok() for found in schema.get_all_operations()):
 
         @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case):
-            answer = case.call()
+            answer = case.call(headers={"authorization": f"Bearer {KEY}"})
             seen.add((case.operation.path, answer.status_code))
             assert answer.status_code < 500, answer.text
 
@@ -324,42 +348,61 @@ def test_log_lines_hold_no_prompt(served):
     assert "swordfish" not in served.log
 
 
-# ---- life and death
+# ---- life and death: the last tests, for they end the server
 
 
-def test_a_killed_worker_is_told_and_replaced_and_the_end_is_quiet(folder):
-    with Served(folder, "--api-key", "sesame", "--no-baseline", "--dtype", "float64") as server:
-        assert server.http.get("/v1/models").status_code == 401
-        assert server.http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
-        server.http.headers["authorization"] = "Bearer sesame"
-        assert server.http.get("/v1/models").json()["data"][0]["speculens"]["baseline"] is False
-        assert server.ask(speculens={"baseline": True}).status_code == 400
-
-        with server.http.stream("POST", "/v1/chat/completions", json=body(stream=True, max_tokens=3000)) as response:
-            lines = response.iter_lines()
-            next(lines)
-            server.worker.kill()
-            last = [line for line in lines if line][-1]
-        assert "SIGKILL" in json.loads(last.removeprefix("data: "))["error"]["message"]
-        refused = server.ask()
-        assert refused.status_code == 503
-        assert "SIGKILL" in server.http.get("/health").json()["reason"]
-        server.until("ok")
-        assert server.ask().status_code == 200
-
-        with server.http.stream("POST", "/v1/chat/completions", json=body(stream=True, max_tokens=200)) as response:
-            lines = response.iter_lines()
-            next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            assert server.ask().json()["error"]["code"] == "draining"
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert server.process.wait(20) == 0
+def test_a_killed_worker_is_told_and_replaced(served):
+    with served.http.stream("POST", "/v1/chat/completions", json=body(stream=True, max_tokens=300, n=4)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        served.worker.kill()
+        last = [line for line in lines if line][-1]
+    assert "SIGKILL" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert served.ask().status_code == 503
+    health = served.http.get("/health")
+    assert health.status_code == 503
+    assert "SIGKILL" in health.json()["reason"]
+    served.until("ok")
+    assert served.ask().status_code == 200
 
 
-def test_what_cannot_start_says_so(tmp_path, capsys):
+def test_the_end_lets_answers_finish_and_a_second_signal_tells_those_that_have_not(served):
+    short, long = (body(stream=True, max_tokens=tokens, n=n) for tokens, n in ((40, 1), (300, 16)))
+    with (
+        served.http.stream("POST", "/v1/chat/completions", json=short) as first,
+        served.http.stream("POST", "/v1/chat/completions", json=long) as second,
+    ):
+        lines, others = first.iter_lines(), second.iter_lines()
+        next(lines), next(others)
+        served.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        assert served.ask().json()["error"]["code"] == "draining"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        served.process.send_signal(signal.SIGTERM)
+        last = [line for line in others if line][-1]
+    assert "the server has ended" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert served.process.wait(20) == -signal.SIGTERM
+    assert "Traceback" not in served.log
+
+
+def told(monkeypatch, *options: str):
+    """What the server is told at its start by a command."""
+    kept = []
+    monkeypatch.setattr("speculens.server.run.serve", lambda settings, _: kept.append(settings))
+    status = main(["serve", "somewhere", *options])
+    return status, *kept
+
+
+def test_what_the_engine_does_is_passed_on(monkeypatch):
+    _, plain = told(monkeypatch)
+    assert (plain.model.sized, plain.model.warm_up, plain.model.prefill_chunk) == (False, True, 512)
+    _, other = told(monkeypatch, "--tree", "auto", "--no-warm-up", "--prefill-chunk", "64", "--worker-timeout", "9")
+    assert (other.model.sized, other.model.warm_up, other.model.prefill_chunk) == (True, False, 64)
+    assert other.limits.silent_seconds == 9
+    assert told(monkeypatch, "--tree", "auto", "--topk", "2") == (2,)
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot be served" in capsys.readouterr().err
-    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
-    assert "speculens: There is no model at" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_a_drafter_that_fails_on_a_prompt_ends_its_slot_alone(monkeypatch):
     begin = engine._drafter.begin
     monkeypatch.setattr(engine._drafter, "begin", lambda *_: (_ for _ in ()).throw(ValueError("no view")))
     broken = engine.submit(prompt("llava", ASKS[0]), SHORT)
-    assert [step.slot for step in engine.step()] == [broken]
+    assert [step.slot for step in finish(engine)] == [broken]
     assert "no view" in str(broken.error)
     monkeypatch.setattr(engine._drafter, "begin", begin)
     after = engine.submit(prompt("llava", ASKS[2]), SHORT)

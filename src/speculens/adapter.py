@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from speculens.cache import CACHE_NAMES
 from speculens.drafters.base import Drafter
 from speculens.engine import Engine
 from speculens.errors import UserError
@@ -48,10 +49,10 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
             )
         if generation_config.return_dict_in_generate:
             raise UserError("Tree decoding through generate returns token ids only: leave return_dict_in_generate off.")
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
         prepare: Any = model.prepare_inputs_for_generation
         inputs = prepare(input_ids, is_first_iteration=True, **model_kwargs)
-        ours = ("past_key_values", "use_cache", "logits_to_keep")
+        ours = (*CACHE_NAMES, "use_cache", "logits_to_keep")
         inputs = {k: v for k, v in inputs.items() if v is not None and k not in ours}
         prompt = Prompt(input_ids[0].cpu(), inputs, (input_ids[0] == model.config.image_token_id).cpu())
         sampling = Sampling(

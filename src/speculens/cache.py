@@ -15,12 +15,22 @@ accepted, and only the number of columns that a step looks at depends on what th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+CACHE_NAMES = NEW_NAME, OLD_NAME = "cache", "past_key_values"  # in a forward: since transformers 5.24, and before
+
+
+def cache_arguments(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """How a Hugging Face model or decoder is given a cache, or none: by the name that its own forward has for it."""
+    name = NEW_NAME if NEW_NAME in inspect.signature(module.forward).parameters else OLD_NAME
+    return {name: cache, "use_cache": cache is not None}
 
 
 class SlotCache:
@@ -194,7 +204,7 @@ class SlotCache:
             yield block.view(len(block), self.slots, self.capacity, -1)[:, :, : self._high]
 
     def as_transformers(self) -> Cache:
-        """This cache as the object that a Hugging Face decoder takes for `past_key_values`."""
+        """This cache as the object that a Hugging Face decoder takes; `cache_arguments` says under which name."""
         return Cache(layers=[_Layer(self, layer) for layer in range(len(self._place))])
 
     def _put(self, layer: int, which: int, states: Tensor) -> None:
@@ -218,10 +228,13 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache, layer: int) -> None:
-        super().__init__()
+    def __init__(self, cache: SlotCache, layer: int) -> None:  # nothing of the mixin's: no tensors, nothing to set up
         self._cache, self._layer = cache, layer
-        self.is_initialized = True
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]  # a variable in the mixin
+        # Models ask this to tell a prompt's beginning (PaliGemma: what sees itself both ways) from what follows.
+        return self._cache.before > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Everything is allocated already."""

@@ -52,6 +52,13 @@ class Layout(StrEnum):
     hivis = "hivis"
 
 
+class Trees(StrEnum):
+    """Which tree a server's steps draft."""
+
+    own = "own"
+    auto = "auto"
+
+
 class Family(StrEnum):
     """Targets that the repository ships."""
 
@@ -774,6 +781,18 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="No second engine without the drafter, which the page compares to.")
     ] = False,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Rows of a prompt that are taken in between two steps of those that run.")
+    ] = 512,
+    worker_timeout: Annotated[
+        float, typer.Option(min=2, help="Seconds without a sign of life; then the engine's process is started again.")
+    ] = 300.0,
+    no_warm_up: Annotated[
+        bool, typer.Option("--no-warm-up", help="On a GPU: record graphs when they are first needed, not at the start.")
+    ] = False,
+    tree: Annotated[
+        Trees, typer.Option(help="`own`: the drafter's; `auto`: sized at each step by cost.", rich_help_panel=TREE)
+    ] = Trees.own,
     num_steps: NumSteps = None,
     topk: TopK = None,
     num_draft_tokens: NumDraftTokens = None,
@@ -792,11 +811,14 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     except ImportError as error:
         raise UserError(f"The server needs {error.name}: pip install 'speculens[serve]'.") from None
     method, tokens = _speculation(speculative_config, drafter)
-    tree = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens or tokens)
+    changes = _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens or tokens)
+    if changes and tree is Trees.auto:
+        raise UserError(f"--tree auto sizes the tree itself: leave out --{next(iter(changes)).replace('_', '-')}.")
     model = Model(
         target=target,
         drafter=method,
-        tree=tree,
+        tree=changes,
+        sized=tree is Trees.auto,
         dtype=dtype.value,
         device=device,
         device_map=device_map,
@@ -804,11 +826,14 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
         length=max_model_len,
         slots=max_num_seqs,
         baseline=not no_baseline,
+        warm_up=not no_warm_up,
+        prefill_chunk=prefill_chunk,
     )
     limits = Limits(
         queue=max_queue,
         request_seconds=request_timeout,
         drain_seconds=drain_timeout,
+        silent_seconds=worker_timeout,
         remote_images=allow_remote_images,
         images=max_images,
         image_bytes=int(max_image_mb * 2**20),

@@ -226,15 +226,10 @@ class Engine:
         return slot
 
     def step(self) -> list[Step]:
-        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it.
-
-        Where nothing runs, prompts are filled in until something does.
-        """
+        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it."""
         steps = self._advance(list(self._running)) if self._running else []
-        while self.pending and len(self._running) < self.slots:
+        if self.pending and len(self._running) < self.slots:
             steps += self._fill()
-            if self._running:
-                break
         return steps
 
     def _advance(self, slots: Sequence[Slot]) -> list[Step]:

@@ -70,6 +70,19 @@ def test_runs_are_marked_by_how_much_one_pass_accepted(answered):
     assert underlines == [int(run.get_attribute("data-size")) for run in marked]  # not by colour alone
 
 
+def test_an_answer_does_not_begin_with_a_gap(page, script):
+    script.passes = [([], " Two"), ([" more", " bars"], " rise.")]
+    page.ask()
+    page.answered()
+    assert page.find(".answer").get_property("textContent") == "Two more bars rise."
+
+
+@pytest.mark.parametrize(("sized", "told"), [(False, "tree of 24 nodes"), (True, "trees of up to 24 nodes")])
+def test_the_head_tells_how_large_trees_are(page, script, sized, told):
+    reopened(page, script, sized=sized)
+    assert told in page.text("#model")
+
+
 def test_the_text_comes_piece_by_piece_and_is_spoken_in_sentences(page, script):
     script.pace = 0.3
     page.ask()

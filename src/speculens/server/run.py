@@ -68,6 +68,10 @@ class _Server(uvicorn.Server):
         else:
             self._supervisor.drain()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._supervisor.dismiss()
+        await super().shutdown(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         self.should_exit = self.should_exit or self._supervisor.drained
         return await super().on_tick(counter)

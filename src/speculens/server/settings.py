@@ -12,14 +12,18 @@ class Model:
 
     drafter   folder, hub id, or the name of one that needs no weights
     tree      changes of the drafter's own tree: num_steps, topk, num_draft_tokens
+    sized     choose each step's tree by cost and acceptance instead
     length    tokens of prompt and answer to make room for; None takes the engine's default
     slots     sequences that run side by side
     baseline  also keep an engine without a drafter, of one slot, for requests that ask for it
+    warm_up   prepare what requests will need before the first one comes
+    prefill_chunk  rows of a prompt that are taken in between two steps of those that run
     """
 
     target: str
     drafter: str = "none"
     tree: Mapping[str, int] = field(default_factory=dict)
+    sized: bool = False
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None
@@ -27,6 +31,8 @@ class Model:
     length: int | None = None
     slots: int = 8
     baseline: bool = True
+    warm_up: bool = True
+    prefill_chunk: int = 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Limits:
     backlog          events that may wait for a client that does not read; then it is dropped
     stall_seconds    the system closes a connection that takes nothing for so long
     drain_seconds    after SIGTERM, for what runs
+    silent_seconds   a worker that says nothing for so long hangs, and is started again
     connections      open at a time
     """
 
@@ -60,6 +67,7 @@ class Limits:
     backlog: int = 4096
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
+    silent_seconds: float = 300.0
     connections: int = 512
 
 

@@ -14,17 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
 from speculens.server.settings import Limits, Model
-from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Occupied, Piece, Ready, Refusal
+from speculens.server.wire import Ask, Broken, Cancel, Command, Event, Occupied, Piece, Ready, Refusal, Warming
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a worker that died without having served is started again
+TENTHS = 10  # lines in the log about a worker's warm-up
 GRACE = 15.0  # seconds after a request's deadline in which the worker must have said so itself
+
+
+Work: TypeAlias = Callable[[Any, Model, Limits], None]
+"""What the worker's process runs: it speaks through a pipe until that ends."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,19 @@ class Ticket:
         self._mail.put_nowait(event)
 
 
+def work(pipe: Any, model: Model, limits: Limits) -> None:
+    """In the new process. Only there is torch imported."""
+    importlib.import_module("speculens.server.worker").main(pipe, model, limits)
+
+
 class Supervisor:
     """Keeps one worker alive and brings requests to it. Bounded: `slots + queue` sequences, and not one more."""
 
-    def __init__(self, model: Model, limits: Limits, on_event: Callable[[Event], None] = lambda _: None) -> None:
+    def __init__(
+        self, model: Model, limits: Limits, on_event: Callable[[Event], None] = lambda _: None, work: Work = work
+    ) -> None:
         self._model, self._limits, self._on_event = model, limits, on_event
+        self._start = lambda: _Link(work, model, limits)
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
@@ -97,17 +110,18 @@ class Supervisor:
 
     def start(self) -> None:
         """Load the model and return when it is there. Raises UserError if it cannot be loaded."""
-        link = self._link = _Link(self._model, self._limits)
-        try:
-            events = link.receive()
-        except EOFError:
-            raise UserError(f"The worker died while it loaded the model: {link.fate()}.") from None
-        for event in events:
-            if isinstance(event, Broken):
-                link.end()
-                link.fate()
-                raise UserError(event.reason)
-            self._take(event)
+        link = self._link = self._start()
+        while self._status.name != "ok":
+            try:
+                events = link.receive()
+            except EOFError:
+                raise UserError(f"The worker died while it loaded the model: {link.fate()}.") from None
+            for event in events:
+                if isinstance(event, Broken):
+                    link.end()
+                    link.fate()
+                    raise UserError(event.reason)
+                self._take(event)
         self._keeper = threading.Thread(target=self._keep, args=(link,), name="speculens-keeper", daemon=True)
         self._keeper.start()
 
@@ -123,6 +137,10 @@ class Supervisor:
     def drained(self) -> bool:
         """Whether nothing runs any more, or it had its time."""
         return self._drain_until is not None and (not self._tickets or time.monotonic() > self._drain_until)
+
+    def dismiss(self) -> None:
+        """Tell those who still wait that the server ends before their answers do."""
+        self._end_all(ApiError(503, "The answer was lost: the server has ended.", code="draining", retry=5))
 
     def stop(self) -> None:
         """End the worker."""
@@ -195,22 +213,30 @@ class Supervisor:
             pause = FIRST_PAUSE if served else min(pause * 2, LONGEST_PAUSE)
             if self._closing.wait(pause):
                 return
-            link = self._link = _Link(self._model, self._limits)
+            link = self._link = self._start()
             if self._closing.is_set():  # stop() may have looked at the one before
                 link.end()
 
     def _listen(self, link: _Link) -> bool:
-        """Deliver until the pipe ends; whether the worker ever was ready."""
+        """Deliver until the pipe ends; whether the worker ever was ready. One that then falls silent is killed."""
         while True:
+            ready = self._status.name == "ok"
             try:
-                events = link.receive()
+                events = link.receive(self._limits.silent_seconds if ready else None)
             except EOFError:
-                return self._status.name == "ok"
+                return ready
+            except SilenceError:
+                self._last_words = f"the worker was silent for {self._limits.silent_seconds:g} seconds and was killed"
+                link.end()
+                continue
             for event in events:
                 self._take(event)
 
     def _take(self, event: Event) -> None:
         match event:
+            case Warming(done, total):
+                if done * TENTHS // total > (done - 1) * TENTHS // total:
+                    log.info("the worker warms up: %d of %d", done, total)
             case Ready(facts):
                 self._facts, self._status = facts, Status("ok")
                 log.info("the worker is ready")
@@ -231,19 +257,26 @@ class Supervisor:
         log.error("%s; a new one is started", reason)
         self._status = Status("starting", f"{reason}; a new one is loading")
         self._occupied = 0
+        self._end_all(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
+
+    def _end_all(self, error: ApiError) -> None:
         with self._lock:
             lost = list(self._tickets.values())
         for ticket in lost:
-            ticket.post(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
+            ticket.post(error)
+
+
+class SilenceError(Exception):
+    """The worker has not said anything for too long."""
 
 
 class _Link:
     """One worker process and the pipe to it. A thread of its own writes: a full pipe must not stop the event loop."""
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, work: Work, model: Model, limits: Limits) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, model, limits), name="speculens-worker", daemon=True)
+        self.process = context.Process(target=work, args=(theirs, model, limits), name="speculens-worker", daemon=True)
         self.process.start()
         theirs.close()
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -253,12 +286,14 @@ class _Link:
     def send(self, command: Command) -> None:
         self._outbox.put(command)
 
-    def receive(self) -> list[Event]:
-        """The next events. Raises EOFError when the worker has gone."""
+    def receive(self, seconds: float | None = None) -> list[Event]:
+        """The next events; none, if it only shows life. Raises EOFError after its end, SilenceError if it hangs."""
         try:
-            return list(self._pipe.recv())
+            if self._pipe.poll(seconds):
+                return list(self._pipe.recv())
         except OSError:
             raise EOFError from None
+        raise SilenceError
 
     def fate(self) -> str:
         """How the process ended, once it has. Closes what belonged to it."""
@@ -277,8 +312,3 @@ class _Link:
         while (command := self._outbox.get()) is not None:
             with contextlib.suppress(OSError):  # the worker has gone; whoever reads the pipe notices, too
                 self._pipe.send(command)
-
-
-def _work(pipe: Any, model: Model, limits: Limits) -> None:
-    """In the new process. Only there is torch imported."""
-    importlib.import_module("speculens.server.worker").main(pipe, model, limits)

@@ -40,8 +40,16 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Warming:
+    """The model is loaded; of what requests will need, so many of so many parts are prepared."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Ready:
-    """The model is loaded; `facts` are what /v1/models tells of it."""
+    """Requests may come; `facts` are what /v1/models tells of it."""
 
     facts: Mapping[str, Any]
 
@@ -91,5 +99,5 @@ class Piece:
     stats: Stats | None = None
 
 
-Event: TypeAlias = Ready | Broken | Occupied | Refusal | Piece
+Event: TypeAlias = Warming | Ready | Broken | Occupied | Refusal | Piece
 Command: TypeAlias = Ask | Cancel

@@ -1,7 +1,8 @@
 """The process that computes: one engine on one thread, and threads beside it that read pictures.
 
-Between two steps it listens, admits what waits into free slots and forgets what nobody waits for any more. An exception
-of one request is that request's; one of a step is the end of the process, which the supervisor notices.
+Between two steps it listens, and forgets what nobody waits for any more. The engine takes prompts in a piece at a
+time, so that steps are short, and something is said after each: a worker that hangs is known by its silence. An
+exception of one request is that request's; one of a step is the end of the process, which the supervisor notices.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import queue
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -31,7 +31,7 @@ from speculens.errors import UserError
 from speculens.sampling import Logprob, Sampling
 from speculens.server.errors import origin_of
 from speculens.server.settings import Limits, Model
-from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal
+from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal, Warming
 from speculens.targets import Prompt, Target, load_target
 from speculens.text import TextStream
 from speculens.tree import DraftTree
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 READERS = 2  # threads that decode pictures
 LOWEST = -9999.0  # for minus infinity, which JSON lacks; OpenAI's number
 SEEDS = 1 << 64
+BEAT = 1.0  # seconds of silence, if no step is longer
 
 
 def main(pipe: Any, model: Model, limits: Limits) -> None:
@@ -51,6 +52,8 @@ def main(pipe: Any, model: Model, limits: Limits) -> None:
     transformers_logging.disable_progress_bar()
     try:
         engine, alone = load(model)
+        if model.warm_up:
+            warm_up(engine, alone, lambda done, total: pipe.send([Warming(done, total)]))
         pipe.send([Ready(facts(model, engine))])
         Worker(pipe, engine, alone, limits).run()
     except UserError as error:
@@ -68,10 +71,25 @@ def load(model: Model) -> tuple[Engine, Engine | None]:
         model.target, dtype=model.dtype, device=model.device, device_map=model.device_map, revision=model.revision
     )
     drafter = load_drafter(model.drafter, dtype=target.dtype, device=target.device, target=target)
-    shape = reshaped(drafter, model.tree)
-    engine = Engine(target, drafter, slots=model.slots, capacity=model.length, shape=shape)
-    alone = Engine(target, NoDrafter(), slots=1, capacity=engine.capacity) if model.baseline else None
+    chunk = model.prefill_chunk
+    engine = Engine(
+        target,
+        drafter,
+        slots=model.slots,
+        capacity=model.length,
+        shape="auto" if model.sized else reshaped(drafter, model.tree),
+        prefill_chunk=chunk,
+    )
+    alone = (
+        Engine(target, NoDrafter(), slots=1, capacity=engine.capacity, prefill_chunk=chunk) if model.baseline else None
+    )
     return engine, alone
+
+
+def warm_up(engine: Engine, alone: Engine | None, progress: Callable[[int, int], None]) -> None:
+    """Record what requests will need before the first one comes; nothing where steps are not recorded."""
+    for each in filter(None, (engine, alone)):
+        each.warm_up(progress=progress)
 
 
 def facts(model: Model, engine: Engine) -> dict[str, Any]:
@@ -81,6 +99,7 @@ def facts(model: Model, engine: Engine) -> dict[str, Any]:
         "family": engine.target.family,
         "drafter": engine.drafter.name,
         "tree": {**described.get("tree", {}), **model.tree},
+        "sized": model.sized,
         "max_model_len": engine.capacity,
         "slots": engine.slots,
         "baseline": model.baseline,
@@ -93,7 +112,6 @@ class Request:
 
     ask: Ask
     deadline: float
-    prompt: Prompt | None = None
     over: bool = False
     left: int = field(init=False)
 
@@ -101,27 +119,22 @@ class Request:
         self.left = self.ask.choices
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """One of a request's answers, waiting or running."""
+    """One of a request's answers, waiting in the engine or running."""
 
     request: Request
     number: int
+    slot: Slot
     words: TextStream
-    slot: Slot | None = None
 
 
 @dataclass(eq=False)
 class Lane:
-    """An engine, those that run in it and those that wait for it."""
+    """An engine, and the choices that it was given and has not ended."""
 
     engine: Engine
-    waiting: deque[Choice] = field(default_factory=deque)
-    running: dict[Slot, Choice] = field(default_factory=dict)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+    choices: dict[Slot, Choice] = field(default_factory=dict)
 
 
 Item: TypeAlias = tuple[Request, Prompt | Refusal] | Cancel | None
@@ -140,6 +153,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._events: list[Event] = []
         self._occupied = 0
+        self._spoken = 0.0  # when something was sent last
         self._encoding = threading.Lock()  # tokenizers do not like to be shared
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="speculens-reader")
 
@@ -150,8 +164,8 @@ class Worker:
             while self._listen():
                 self._cut_late()
                 for lane in self._lanes:
-                    self._admit(lane)
-                    self._step(lane)
+                    for step in lane.engine.step():
+                        self._tell(lane, step)
                 self._report()
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
@@ -161,9 +175,10 @@ class Worker:
         if occupied != self._occupied:
             self._occupied = occupied
             self._events.append(Occupied(occupied))
-        if self._events:
+        now = time.monotonic()
+        if self._events or now >= self._spoken + BEAT:
             self._pipe.send(self._events)
-            self._events = []
+            self._events, self._spoken = [], now
 
     # The other threads
 
@@ -191,10 +206,8 @@ class Worker:
             with self._encoding:
                 prompt = self._target.encode(Conversation(turns))
             self._inbox.put((request, prompt))
-        except UserError as error:
-            self._inbox.put((request, Refusal(number, 400, " ".join(str(error).split()))))
         except Exception as error:  # noqa: BLE001 - whatever a picture or a processor does is this request's affair
-            self._inbox.put((request, _fault(number, error)))
+            self._inbox.put((request, _refusal(number, error)))
 
     def _part(self, part: str | bytes) -> Any:
         limits = self._limits
@@ -205,11 +218,11 @@ class Worker:
     # The engine's thread
 
     def _listen(self) -> bool:
-        """Take in what has arrived; wait for it if there is nothing to do. False when the pipe has ended."""
-        idle = not any(lane.busy for lane in self._lanes)
+        """Take in what has arrived; wait a beat for it if there is nothing to do. False when the pipe has ended."""
+        idle = not any(lane.choices for lane in self._lanes)
         while True:
             try:
-                item = self._inbox.get(block=idle)
+                item = self._inbox.get(block=idle, timeout=BEAT)
             except queue.Empty:
                 return True
             idle = False
@@ -222,53 +235,36 @@ class Worker:
                 case (request, Refusal() as refusal):
                     self._refuse(request, refusal)
                 case (request, prompt):
-                    self._enqueue(request, prompt)
+                    self._submit(request, prompt)
 
-    def _enqueue(self, request: Request, prompt: Prompt) -> None:
+    def _submit(self, request: Request, prompt: Prompt) -> None:
+        lane, ask = self._alone if request.ask.baseline else self._drafting, request.ask
         if request.over:
             return
-        request.prompt = prompt
-        lane = self._alone if request.ask.baseline else self._drafting
         if lane is None:
-            self._refuse(request, Refusal(request.ask.number, 400, "This server runs without a baseline."))
+            self._refuse(request, Refusal(ask.number, 400, "This server runs without a baseline."))
             return
-        tokenizer = self._target.tokenizer
-        lane.waiting.extend(Choice(request, number, TextStream(tokenizer)) for number in range(request.ask.choices))
-
-    def _admit(self, lane: Lane) -> None:
-        """Waiting choices into free slots, the oldest first."""
-        while lane.waiting and len(lane.engine.running) < lane.engine.slots:
-            choice = lane.waiting.popleft()
-            number, prompt = choice.request.ask.number, choice.request.prompt
-            try:
-                assert prompt is not None  # noqa: S101 - it was set before the choice came to wait
-                step = lane.engine.admit(prompt, self._sampling(lane.engine, choice))
-            except UserError as error:
-                self._refuse(choice.request, Refusal(number, 400, " ".join(str(error).split())))
-            except torch.OutOfMemoryError:
-                self._refuse(choice.request, Refusal(number, 503, "There is not enough memory for this prompt now."))
-            except Exception as error:  # noqa: BLE001 - the engine is as it was before
-                self._refuse(choice.request, _fault(number, error))
-            else:
-                choice.slot = step.slot
-                lane.running[step.slot] = choice
-                self._tell(lane, step)
+        try:
+            for number in range(ask.choices):
+                slot = lane.engine.submit(prompt, self._sampling(lane.engine, ask, number, prompt))
+                lane.choices[slot] = Choice(request, number, slot, TextStream(self._target.tokenizer))
+        except Exception as error:  # noqa: BLE001 - the engine is as it was before
+            self._refuse(request, _refusal(ask.number, error))
 
     @staticmethod
-    def _sampling(engine: Engine, choice: Choice) -> Sampling:
-        ask, prompt = choice.request.ask, choice.request.prompt
-        room = max(engine.capacity - len(prompt or ()), 1)
-        seed = (ask.sampling["seed"] + choice.number + SEEDS // 2) % SEEDS - SEEDS // 2
+    def _sampling(engine: Engine, ask: Ask, number: int, prompt: Prompt) -> Sampling:
+        room = max(engine.capacity - len(prompt), 1)
+        seed = (ask.sampling["seed"] + number + SEEDS // 2) % SEEDS - SEEDS // 2
         return Sampling(**{**ask.sampling, "seed": seed, "max_new_tokens": ask.max_tokens or room})
 
-    def _step(self, lane: Lane) -> None:
-        for step in lane.engine.step():
-            self._tell(lane, step)
-
     def _tell(self, lane: Lane, step: Step) -> None:
-        choice = lane.running[step.slot]
-        request = choice.request
-        tokenizer = self._target.tokenizer
+        choice = lane.choices.get(step.slot)
+        if choice is None:  # another choice of its request failed in the same step
+            return
+        request, tokenizer = choice.request, self._target.tokenizer
+        if step.slot.error:
+            self._refuse(request, _refusal(request.ask.number, step.slot.error))
+            return
         finish = step.slot.finish_reason
         self._events.append(
             Piece(
@@ -293,8 +289,9 @@ class Worker:
         """End what has had its time: what runs keeps what it has, what waits is refused."""
         now = time.monotonic()
         for lane in self._lanes:
-            for choice in [choice for choice in lane.running.values() if choice.request.deadline < now]:
-                self._cut(lane, choice)
+            for choice in [choice for choice in lane.choices.values() if choice.request.deadline < now]:
+                if choice.slot.tokens:
+                    self._cut(lane, choice)
         for request in list(self._requests.values()):  # another thread adds to it
             if request.deadline < now:
                 late = "No slot was free before the request's time was up."
@@ -302,8 +299,6 @@ class Worker:
 
     def _cut(self, lane: Lane, choice: Choice) -> None:
         slot, ask = choice.slot, choice.request.ask
-        if slot is None:
-            return
         lane.engine.cancel(slot)
         self._events.append(
             Piece(ask.number, choice.number, (), 0, 0, len(slot.prompt), finish_reason="length", stats=slot.stats)
@@ -311,8 +306,7 @@ class Worker:
         self._leave(lane, choice)
 
     def _leave(self, lane: Lane, choice: Choice) -> None:
-        if choice.slot:
-            lane.running.pop(choice.slot, None)
+        del lane.choices[choice.slot]
         choice.request.left -= 1
         if choice.request.left == 0:
             self._forget(choice.request)
@@ -327,14 +321,17 @@ class Worker:
         request.over = True
         self._requests.pop(request.ask.number, None)
         for lane in self._lanes:
-            lane.waiting = deque(choice for choice in lane.waiting if choice.request is not request)
-            for slot in [slot for slot, choice in lane.running.items() if choice.request is request]:
-                del lane.running[slot]
+            for slot in [slot for slot, choice in lane.choices.items() if choice.request is request]:
+                del lane.choices[slot]
                 lane.engine.cancel(slot)
 
 
-def _fault(number: int, error: Exception) -> Refusal:
-    """Our own mistake, or the model's: where it happened goes to the log, and nothing of what was asked."""
+def _refusal(number: int, error: Exception) -> Refusal:
+    """What a request is told that failed. Of our own mistakes, or the model's, the log tells where, and never more."""
+    if isinstance(error, UserError):
+        return Refusal(number, 400, " ".join(str(error).split()))
+    if isinstance(error, torch.OutOfMemoryError):
+        return Refusal(number, 503, "There is not enough memory for this prompt now.")
     log.error("request %d failed: %s at %s", number, type(error).__name__, origin_of(error))
     return Refusal(number, 500, f"The model failed on this request ({type(error).__name__}).")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speculens.attention import TreeMask
-from speculens.cache import SlotCache
+from speculens.cache import SlotCache, cache_arguments
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
@@ -189,7 +189,7 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.fitted(inputs), past_key_values=cache, use_cache=cache is not None)
+            self.model(**self.fitted(inputs), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
         finally:
@@ -255,6 +255,7 @@ class TargetSession:
             devices=[next(layer.parameters()).device for layer in target.decoder.layers],
         )
         self._past = self.cache.as_transformers()
+        self._given = cache_arguments(target.decoder, self._past)
         # What a step carries to the next one, where it is tensor operations on one device; else None.
         self.state = (self.cache.lengths,) if target.can_be_captured else None
         # Next position minus number of rows: not 0 on M-RoPE targets (a picture takes fewer positions than rows) and on
@@ -290,7 +291,7 @@ class TargetSession:
         with cache.opening():
             row = cache.running
             cache.aim(range(row, row + 1), rows)
-            door = target.at_the_door(prompt.inputs, self._past) | {"past_key_values": self._past, "use_cache": True}
+            door = target.at_the_door(prompt.inputs, self._past) | self._given
             size = size if size and _is_plain(door) else rows
             parts = []
             for start in range(0, rows, size):
@@ -378,8 +379,7 @@ class TargetSession:
             inputs_embeds=embeds,
             attention_mask=full if self._window is None else {"full_attention": full, "sliding_attention": sliding},
             position_ids=positions.expand(3, -1, -1) if self._axes == 3 else positions,
-            past_key_values=self._past,
-            use_cache=True,
+            **self._given,
             **({"tree": mask} if is_ours(decoder) else {}),
         ).last_hidden_state
 
@@ -400,7 +400,7 @@ _BY_ROW = ("inputs_embeds", "position_ids", "cache_position")
 def _is_plain(door: Mapping[str, Any]) -> bool:
     """Whether a decoder's inputs are embeddings, positions and no more than a padding mask."""
     mask = door.get("attention_mask")
-    rest = (value for name, value in door.items() if name not in (*_BY_ROW, "attention_mask", "past_key_values"))
+    rest = (value for name, value in door.items() if name not in (*_BY_ROW, "attention_mask"))
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     return plain and not any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in rest)
 

@@ -33,13 +33,13 @@ async function meet() {
   }
 }
 
-function describe({ id, speculens: { family, drafter, tree, max_model_len: length } }) {
+function describe({ id, speculens: { family, drafter, tree, sized, max_model_len: length } }) {
   const nodes = tree?.num_draft_tokens;
   return [
     id,
     family,
     drafter && `drafter ${drafter}`,
-    nodes && `tree of ${nodes} nodes`,
+    nodes && (sized ? `trees of up to ${nodes} nodes` : `tree of ${nodes} nodes`),
     length && `${length.toLocaleString("en")} tokens of context`,
   ].filter(Boolean).join(" · ");
 }
@@ -287,7 +287,8 @@ function write(turn, run, runs) {
     const [space] = text.match(/^\s*(?=\S)/) ?? [""]; // before mark and outline: a line may end between
     const span = part("span", drafted ? "kept" : "", text.slice(space.length));
     if (drafted) span.dataset.size = size;
-    (whole.firstChild ? whole : answer).append(space);
+    const begun = answer.textContent || whole.textContent; // some models begin with a space: it would look like a slip
+    if (begun) (whole.firstChild ? whole : answer).append(space);
     whole.append(span);
     speak(text);
   }
