@@ -138,11 +138,12 @@ def _rotate_into(
 
 
 def linear_row(
-    row: Tensor, weight: Tensor, bias: Tensor | None = None, *, block_n: int = 4, block_k: int = 512, num_warps: int = 4
+    row: Tensor, weight: Tensor, bias: Tensor | None = None, *, block_n: int = 8, block_k: int = 512, num_warps: int = 4
 ) -> Tensor:
     """`F.linear` of a single row (..., K) with all leading dimensions 1: streams the weight (N, K) once.
 
-    The default tile is within 8 % of the best one for each product of a 7B's layers and head (`target_pass.py`).
+    The default tile was within 6 % of the best one for each product of two 7Bs' layers and heads on an H200
+    (`benchmarks/target_pass.py`).
     """
     outputs, inputs = weight.shape
     out = row.new_empty(*row.shape[:-1], outputs)
@@ -206,7 +207,7 @@ def attend(
     grid = triton.cdiv(rows, block_m), batch * kv_heads
     if splits is None:
         # As many as fill the device twice: two programs run on a processor, and a third would wait for them. At most
-        # 32, because one warp holds all partial results of a row while it merges them, and spills beyond.
+        # 32: where 66 fitted, 8,192 columns took twice as long, probably because one warp merges all of a row.
         twice = 2 * _processors(queries.device) // (grid[0] * grid[1])
         splits = max(1, min(triton.cdiv(columns, block_s), twice, 32))
     out = queries.new_empty(batch, nodes, heads, dim)

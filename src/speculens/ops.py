@@ -70,7 +70,7 @@ def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
-    # cuBLAS reads the weights of a single row's product at 70 to 90 % of the pace of our kernel, and more rows as well.
+    # On an H200, cuBLAS took 1.02 to 1.35 times as long as our kernel for a single row; for more there is no kernel.
     one_row = x.numel() == x.shape[-1] and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
     if one_row and (kernels := kernels_for(x)):
         return kernels.linear_row(x, weight, bias)
