@@ -192,7 +192,7 @@ def ablations(target: Target, given: argparse.Namespace, cases: Mapping[str, Seq
             left_out.append(name)
             continue
         drafter = load_drafter(folder, target=target, dtype=target.dtype, device=target.device)
-        found[name] = {topic: exam.measure(drafter) for topic, exam in exams.items()}
+        found[name] = {topic: exam.measure(drafter, given.tree) for topic, exam in exams.items()}
         cells = [f"{_lengths(figures)}, {figures['exact']:.3f}" for figures in found[name].values()]
         print(f"| {name} | {' | '.join(cells)} | {plan.get(name, {}).get('claim', '')} |", flush=True)
     setting = Bench(target, {}, [], asking).setting(target=given.target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.stats import Stats
 from speculens.targets.base import Prompt, Target
+from speculens.tree import TreeShape
 
 
 class Exam:
@@ -28,20 +29,22 @@ class Exam:
         self._capacity = max(map(len, prompts)) + tokens
         self._expected: list[list[int]] | None = None
 
-    def measure(self, drafter: nn.Module) -> dict[str, Any]:
-        """Decode all prompts side by side with a copy of the drafter in the target's dtype."""
+    def measure(self, drafter: nn.Module, shape: TreeShape | Literal["auto"] | None = None) -> dict[str, Any]:
+        """Decode all prompts side by side with a copy of the drafter in the target's dtype; by default its own tree."""
         if self._expected is None:
             self._expected = self._decode(None)[0]
         made = copy.deepcopy(drafter).to(self._target.device, self._target.dtype).eval()
-        tokens, stats = self._decode(made)  # type: ignore[arg-type]
+        tokens, stats = self._decode(made, shape)  # type: ignore[arg-type]
         same = sum(one == other for one, other in zip(tokens, self._expected, strict=True))
         figures = ("mean_acceptance_length", "mean_accepted_tokens", "acceptance_rate_per_position")
         notes = {name: dict(Counter(values)) for name, values in stats.drafter_notes.items()}
         measured = {"exact": same / len(tokens)} | {name: getattr(stats, name) for name in figures}
         return measured | ({"drafter_notes": notes} if notes else {})
 
-    def _decode(self, drafter: Drafter | None) -> tuple[list[list[int]], Stats]:
-        engine = Engine(self._target, drafter, slots=len(self._prompts), capacity=self._capacity)
+    def _decode(
+        self, drafter: Drafter | None, shape: TreeShape | Literal["auto"] | None = None
+    ) -> tuple[list[list[int]], Stats]:
+        engine = Engine(self._target, drafter, slots=len(self._prompts), capacity=self._capacity, shape=shape)
         done = engine.generate_all(self._prompts, self._sampling)
         return [generation.tokens for generation in done], Stats.total(generation.stats for generation in done)
 
