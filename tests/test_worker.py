@@ -182,6 +182,22 @@ def test_a_worker_with_nothing_to_do_shows_that_it_lives(client):
         assert client.pipe.recv() == []
 
 
+def test_memory_is_given_back_once_whenever_all_work_is_done(client, monkeypatch):
+    given = []
+    monkeypatch.setattr(worker, "give_back", lambda: given.append(1))
+
+    def given_after(number):
+        client.ask(number)
+        client.until_ended(number)
+        for _ in range(4):
+            client.pipe.recv()  # beats of silence
+        return len(given)
+
+    first = given_after(1)  # at the start there may have been a silence, too
+    assert first
+    assert given_after(2) == first + 1
+
+
 def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
     here, there = Pipe()
