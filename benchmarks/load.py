@@ -1,11 +1,12 @@
 """Trouble for a running server, on this machine only: odd inputs, rude clients, and a look at what is left of it.
 
-    speculens serve testbed/weights/llava --drafter lookup --served-model-name small --port 8000
+    speculens serve testbed/weights/qwen2_5_vl --drafter lookup --served-model-name small --port 8000
     python -m benchmarks.load http://127.0.0.1:8000 --fuzz 20000
     python -m benchmarks.load http://127.0.0.1:8000 --seconds 300 --clients 16
 
 `--fuzz` sends inputs that are drawn from a seed and expects 200, or 4xx with a reason. `--seconds` lets clients ask,
-stream, leave in the middle and send nonsense, all at once; then slots, memory and file descriptors must be back.
+stream, leave in the middle and send nonsense, all at once. After either, processes, slots, file descriptors and memory
+must be those of before; memory but for `SPARE_MIB`. Figures are JSON, the verdict is a line on standard error.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import httpx
@@ -35,6 +37,9 @@ ODD = (
     None, True, False, 0, -1, 1 << 70, 1e308, "", "x", "\0", "\ud800", "é" * 40, [], {}, [[]], [None], {"": None},
     "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/", "data:", "data:,", "data:image/png;base64,!!",
 )  # fmt: skip
+SPARE_MIB = 16  # for what a rare visit was the first to need
+QUIET_SECONDS = 8  # a connection is kept for five, a worker gives memory back after one
+FIRST_SECONDS, FIRST_INPUTS = 10.0, 200  # before anything is judged: threads and buffers are made when first needed
 FIELDS = (
     "n", "stop", "seed", "top_p", "top_k", "min_p", "temperature", "max_tokens", "logprobs", "top_logprobs", "stream",
     "stream_options", "repetition_penalty", "response_format", "tools", "speculens", "user", "unknown",
@@ -182,6 +187,9 @@ def _mutated_once(draw: random.Random, value: Any) -> Any:
 
 # ---- what is expected
 
+Outcome: TypeAlias = tuple[Counter[str], list[str]]
+"""How many inputs of each kind had which status, and what went wrong."""
+
 
 def fault(response: httpx.Response) -> str | None:
     """Why an answer is not one that a server may give; None if it is."""
@@ -196,8 +204,8 @@ def fault(response: httpx.Response) -> str | None:
     return None if isinstance(message, str) and message else "an empty reason"
 
 
-def fuzz(client: httpx.Client, inputs: Iterator[Trouble]) -> tuple[Counter[str], list[str]]:
-    """Send them all, one by one: how many of each kind had which status, and what went wrong."""
+def fuzz(client: httpx.Client, inputs: Iterator[Trouble]) -> Outcome:
+    """Send them all, one by one."""
     seen: Counter[str] = Counter()
     faults = []
     for number, item in enumerate(inputs):
@@ -243,8 +251,8 @@ def _visit(http: httpx.Client, draw: random.Random, kind: str, model: str, fault
                 last = line or last
                 if kind == "leave" and number >= draw.randint(0, 6):
                     return response.status_code
-        if response.status_code == 200 and last != "data: [DONE]":
-            faults.append(f"a stream ended with {last[:200]}")
+        if response.status_code != 200 or last != "data: [DONE]":
+            faults.append(f"a stream of status {response.status_code} ended with {last[:200]}")
         return response.status_code
     if kind == "trouble":
         item = trouble(draw, model)
@@ -264,6 +272,25 @@ def huge(draw: random.Random) -> bytes:
     return data.getvalue()
 
 
+def crowd(url: str, model: str, clients: int, seconds: float, seed: int) -> Outcome:
+    """Many clients at once."""
+    seen: Counter[str] = Counter()
+    faults: list[str] = []
+    until = time.monotonic() + seconds
+    threads = [
+        threading.Thread(target=client_for, args=(url, seed + number, model, until, seen, faults))
+        for number in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen, faults
+
+
+# ---- before and after
+
+
 def processes(port: int) -> list[psutil.Process]:
     """The server that listens there, and its workers."""
     for connection in psutil.net_connections("tcp"):
@@ -273,11 +300,11 @@ def processes(port: int) -> list[psutil.Process]:
     return []
 
 
-def footprint(port: int) -> dict[str, int]:
+def footprint(port: int) -> dict[str, Any]:
     """What the server's processes hold."""
     found = processes(port)
     return {
-        "processes": len(found),
+        "processes": [process.pid for process in found],
         "threads": sum(process.num_threads() for process in found),
         "file_descriptors": sum(process.num_fds() for process in found),
         "resident_mib": sum(process.memory_info().rss for process in found) >> 20,
@@ -292,38 +319,49 @@ def rest(http: httpx.Client) -> dict[str, Any]:
         if health["status"] == "ok" and health["running"] == health["waiting"] == 0:
             break
         time.sleep(0.1)
-    time.sleep(6)  # connections are kept for five seconds
+    time.sleep(QUIET_SECONDS)
     return health
 
 
-def load(url: str, model: str, clients: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Many clients at once, and the server before and after."""
+def around(url: str, first: Callable[[], Outcome], trouble: Callable[[], Outcome]) -> dict[str, Any]:
+    """A server before and after some trouble."""
     port = urlsplit(url).port or 80
-    seen: Counter[str] = Counter()
-    faults: list[str] = []
     with httpx.Client(base_url=url, timeout=60) as http:
-        # Threads and buffers are made when they are first needed: the first visits are no leak.
-        _crowd(url, model, clients, min(10.0, seconds), seed + 1000, Counter(), faults)
+        _, early = first()
         rest(http)
-        before = footprint(port)
-        _crowd(url, model, clients, seconds, seed, seen, faults)
+        before, begun = footprint(port), time.monotonic()
+        seen, faults = trouble()
+        seconds = round(time.monotonic() - begun)
         health = rest(http)
         after = footprint(port)
-    return {"seen": dict(sorted(seen.items())), "health": health, "before": before, "after": after, "faults": faults}
+    faults = [*early, *faults, *leaks(health, before, after)]
+    told = {"seen": dict(sorted(seen.items())), "seconds": seconds, "faults": faults}
+    return {**told, "health": health, "before": before, "after": after}
 
 
-def _crowd(
-    url: str, model: str, clients: int, seconds: float, seed: int, seen: Counter[str], faults: list[str]
-) -> None:
-    until = time.monotonic() + seconds
-    crowd = [
-        threading.Thread(target=client_for, args=(url, seed + number, model, until, seen, faults))
-        for number in range(clients)
-    ]
-    for one in crowd:
-        one.start()
-    for one in crowd:
-        one.join()
+def leaks(health: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """How a server at rest differs from what it was."""
+    found = [f"{health[name]} still {name}" for name in ("running", "waiting") if health[name]]
+    if after["processes"] != before["processes"]:  # one that died has been replaced
+        found.append(f"processes: {before['processes']} before, {after['processes']} after")
+    for name, spare in (("file_descriptors", 0), ("resident_mib", SPARE_MIB)):
+        if after[name] > before[name] + spare:
+            found.append(f"{name}: {before[name]} before, {after[name]} after")
+    return found
+
+
+def verdict(told: dict[str, Any]) -> str:
+    """The outcome in one line."""
+    statuses: Counter[str] = Counter()
+    for name, count in told["seen"].items():
+        statuses[name.rpartition(" ")[2]] += count
+    answers = ", ".join(f"{count:,} of {status}" for status, count in sorted(statuses.items()))
+    before, after = told["before"], told["after"]
+    return (
+        f"{len(told['faults'])} faults in {statuses.total():,} answers ({answers}) and {told['seconds']:,} seconds; "
+        f"before and after: memory {before['resident_mib']:,} and {after['resident_mib']:,} MiB, "
+        f"file descriptors {before['file_descriptors']} and {after['file_descriptors']}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -335,19 +373,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if urlsplit(options.url).hostname not in {"127.0.0.1", "localhost", "::1"}:
+    url, seed = options.url, options.seed
+    if urlsplit(url).hostname not in {"127.0.0.1", "localhost", "::1"}:
         parser.error("only a server on this machine may be troubled")
+    faults: list[str] = []
     # Generous: where a mutation drops max_tokens, an answer may fill all the room there is.
-    with httpx.Client(base_url=options.url, timeout=600) as http:
+    with httpx.Client(base_url=url, timeout=600) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
-        faults: list[str] = []
-        if options.fuzz:
-            seen, faults = fuzz(http, troubles(options.seed, min(options.fuzz, 100_000), model))
-            print(json.dumps({"fuzz": dict(sorted(seen.items())), "health": rest(http), "faults": faults}))
-    if options.seconds:
-        told = load(options.url, model, min(options.clients, 64), min(options.seconds, 900), options.seed)
-        print(json.dumps(told))
-        faults = faults + told["faults"]
+
+        def inputs(count: int, seed: int) -> Outcome:
+            return fuzz(http, troubles(seed, min(count, 100_000), model))
+
+        def visits(seconds: float, seed: int) -> Outcome:
+            return crowd(url, model, min(options.clients, 64), min(seconds, 900), seed)
+
+        for amount, first, trouble in ((options.fuzz, FIRST_INPUTS, inputs), (options.seconds, FIRST_SECONDS, visits)):
+            if amount:
+                told = around(url, partial(trouble, first, seed + 1000), partial(trouble, amount, seed))
+                print(json.dumps(told))
+                print(verdict(told), file=sys.stderr)
+                faults += told["faults"]
     return 1 if faults else 0
 
 

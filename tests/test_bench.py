@@ -16,7 +16,7 @@ import oracle
 import tiny
 from speculens import Conversation, Engine, Sampling, UserError, cli
 from speculens.answer import Answer, ask
-from speculens.bench import figures, peers, report, suites, tables
+from speculens.bench import figures, measure, peers, report, suites, tables
 from speculens.bench.measure import Bench, Contender, gap, walk
 from speculens.bench.record import NONE, Record, RunFolder, read_records
 from speculens.checkpoints import save_drafter
@@ -116,6 +116,20 @@ def test_the_order_turns_round_from_case_to_case(target, questions, tmp_path):
     bench = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=2), others=[watched("x"), watched("y")])
     bench.run(begin(bench, tmp_path))
     assert calls[-8:] == ["y", "x", "x", "y", "x", "y", "y", "x"]  # before that, warm-up
+
+
+def test_eager_steps_are_measured_where_wanted_and_named(target, questions, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(measure, "Engine", lambda *given, **options: made.append(options) or Engine(*given, **options))
+    cases = suites.load_suite("mmspec", [questions])[:1]
+    eager = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=TOKENS), capture="off")
+    folder = begin(eager, tmp_path / "run")
+    eager.run(folder)
+    assert {options["capture"] for options in made} == {"off"}
+    assert "; eager steps, " in tables.about(figures.conclude(folder))
+    recorded = Bench(target, {}, cases, eager.asking)
+    with pytest.raises(UserError, match="made with capture 'off', not 'auto'"):
+        begin(recorded, tmp_path / "run", resume=True)
 
 
 def test_where_answers_part_is_told_with_the_gap_of_the_targets_logits(target, questions, tmp_path):

@@ -206,6 +206,15 @@ def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
     assert broken.reason.startswith("There is no model at")
 
 
+@pytest.mark.parametrize("capture", ["auto", "off"])
+def test_a_server_may_leave_steps_unrecorded(monkeypatch, capture):
+    asked = []
+    monkeypatch.setattr(worker, "load_target", lambda *_, **__: oracle.target("llava"))
+    monkeypatch.setattr(worker, "Engine", lambda *given, **options: asked.append(options) or Engine(*given, **options))
+    worker.load(Model("x", length=200, capture=capture))
+    assert [options["capture"] for options in asked] == [capture] * 2
+
+
 def test_a_server_may_size_its_trees(monkeypatch):
     monkeypatch.setattr(worker, "load_target", lambda *_, **__: oracle.target("llava"))
     monkeypatch.setattr(worker, "load_drafter", lambda *_, **__: oracle.random_eagle("llava"))

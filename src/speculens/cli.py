@@ -59,6 +59,13 @@ class Trees(StrEnum):
     auto = "auto"
 
 
+class Capture(StrEnum):
+    """Whether steps are recorded."""
+
+    auto = "auto"
+    off = "off"
+
+
 class Family(StrEnum):
     """Targets that the repository ships."""
 
@@ -75,6 +82,14 @@ TREE, SAMPLING, MODEL = "The draft tree", "Sampling", "The model"
 Numbers = Annotated[Dtype, typer.Option(help="`auto`: the checkpoint's own; float32 on a CPU.", rich_help_panel=MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="`auto` spreads a large target.", rich_help_panel=MODEL)]
+Recorded = Annotated[
+    Capture,
+    typer.Option(
+        "--capture",
+        help="`auto`: a GPU's steps are recorded as graphs; `off`: they run eagerly.",
+        rich_help_panel=MODEL,
+    ),
+]
 NumSteps = Annotated[
     int | None, typer.Option("--num-steps", "--depth", help="Expansions after the first level.", rich_help_panel=TREE)
 ]
@@ -188,6 +203,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     dtype: Numbers = Dtype.auto,
     device: Device = None,
     device_map: DeviceMap = None,
+    capture: Recorded = Capture.auto,
     max_model_len: MaxModelLen = None,
     revision: Revision = None,
 ) -> None:
@@ -216,8 +232,8 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     shape = reshaped(guesser, _given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens))
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
-    engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto")
-    alone = Engine(model, capacity=capacity) if compare else None
+    engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto", capture=capture.value)
+    alone = Engine(model, capacity=capacity, capture=capture.value) if compare else None
     if alone:
         warm_up((engine, alone), prompt, sampling)
     screen = Screen(quiet=json)
@@ -609,6 +625,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     dtype: Numbers = Dtype.auto,
     device: Device = None,
     device_map: DeviceMap = None,
+    capture: Recorded = Capture.auto,
     max_model_len: MaxModelLen = None,
     revision: Revision = None,
 ) -> None:
@@ -642,6 +659,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
         shapes=shapes,
         others=[peers.load_peer(name, model, temperature) for name in others],
         capacity=max_model_len,
+        capture=capture.value,
     )
     folder = RunFolder(out, measured.setting(target=target, revision=revision, suite=suite), resume=resume)
     screen = Screen(quiet=json)
@@ -799,6 +817,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     dtype: Numbers = Dtype.auto,
     device: Device = None,
     device_map: DeviceMap = None,
+    capture: Recorded = Capture.auto,
     max_model_len: MaxModelLen = None,
     revision: Revision = None,
     json: Json = False,
@@ -822,6 +841,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
         dtype=dtype.value,
         device=device,
         device_map=device_map,
+        capture=capture.value,
         revision=revision,
         length=max_model_len,
         slots=max_num_seqs,

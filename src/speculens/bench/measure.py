@@ -69,6 +69,7 @@ class Bench:
     shapes    draft trees instead of the drafters' own, by name; `auto` sizes each step's
     others    contenders with a loop of their own
     capacity  rows of a slot; None makes room for the longest conversation of the suite
+    capture   as of `Engine`: `off` measures eager steps on a GPU, too
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class Bench:
         shapes: Mapping[str, TreeShape | Literal["auto"]] | None = None,
         others: Sequence[Contender] = (),
         capacity: int | None = None,
+        capture: Literal["auto", "off"] = "auto",
     ) -> None:
         self.target, self.cases, self.asking = target, cases, asking
         self.drafters = {NONE: NoDrafter(), **drafters}
         self._shapes, self._others = shapes or {}, others
         self._limit = min(capacity or target.context, target.context)
         self._capacity = capacity or 1
+        self._capture = capture
         self.errors: dict[str, str] = {}
 
     def setting(self, **names: Any) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Bench:
             "asking": asdict(self.asking),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "threads": torch.get_num_threads(),
+            "capture": self._capture,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -189,8 +193,14 @@ class Bench:
         return Contender(name, partial(ask, self._engine(name)))
 
     def _engine(self, name: str, *, timed: bool = False) -> Engine:
-        shape = self._shapes.get(name)
-        return Engine(self.target, self.drafters[name], capacity=self._capacity, shape=shape, timed=timed)
+        return Engine(
+            self.target,
+            self.drafters[name],
+            capacity=self._capacity,
+            shape=self._shapes.get(name),
+            timed=timed,
+            capture=self._capture,
+        )
 
     def _warm_up(self, contenders: Sequence[Contender], cases: Sequence[Case]) -> None:
         """First passes are slower than all later ones: a whole answer to the first case, a few tokens for others."""

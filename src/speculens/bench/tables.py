@@ -125,10 +125,11 @@ def about(summary: Summary) -> str:
     """One line: what was measured on what."""
     setting, asking = summary["setting"], summary["setting"]["asking"]
     drawn = "greedy" if not asking["temperature"] else f"temperature {asking['temperature']:g}, seed {asking['seed']}"
+    steps = "eager steps, " if setting.get("capture") == "off" else ""
     return (
         f"{Path(setting['target']).name}, {summary['questions']} questions of {setting['suite']}, {drawn}, at most "
-        f"{asking['max_new_tokens']} new tokens; {setting['device']}, {setting['dtype']}, torch {setting['torch']}, "
-        f"transformers {setting['transformers']}"
+        f"{asking['max_new_tokens']} new tokens; {steps}{setting['device']}, {setting['dtype']}, "
+        f"torch {setting['torch']}, transformers {setting['transformers']}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Model:
     length    tokens of prompt and answer to make room for; None takes the engine's default
     slots     sequences that run side by side
     baseline  also keep an engine without a drafter, of one slot, for requests that ask for it
+    capture   whether a GPU's steps are recorded; `off`: never
     warm_up   prepare what requests will need before the first one comes
     prefill_chunk  rows of a prompt that are taken in between two steps of those that run
     """
@@ -27,6 +29,7 @@ class Model:
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None
+    capture: Literal["auto", "off"] = "auto"
     revision: str | None = None
     length: int | None = None
     slots: int = 8

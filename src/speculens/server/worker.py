@@ -26,7 +26,6 @@ from speculens.answer import runs
 from speculens.checkpoints import load_drafter
 from speculens.conversation import Conversation, load_image
 from speculens.conversation import Message as Turn
-from speculens.drafters import NoDrafter
 from speculens.drafters.base import reshaped
 from speculens.engine import Engine, Slot, Step
 from speculens.errors import UserError
@@ -81,9 +80,12 @@ def load(model: Model) -> tuple[Engine, Engine | None]:
         capacity=model.length,
         shape="auto" if model.sized else reshaped(drafter, model.tree),
         prefill_chunk=chunk,
+        capture=model.capture,
     )
     alone = (
-        Engine(target, NoDrafter(), slots=1, capacity=engine.capacity, prefill_chunk=chunk) if model.baseline else None
+        Engine(target, slots=1, capacity=engine.capacity, prefill_chunk=chunk, capture=model.capture)
+        if model.baseline
+        else None
     )
     return engine, alone
 
