@@ -22,8 +22,9 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -38,6 +39,7 @@ ODD = (
     "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/", "data:", "data:,", "data:image/png;base64,!!",
 )  # fmt: skip
 SPARE_MIB = 16  # for what a rare visit was the first to need
+PATIENCE = 660.0  # seconds; more than a server's for a request, so that only what is lost times out
 QUIET_SECONDS = 8  # a connection is kept for five, a worker gives memory back after one
 FIRST_SECONDS, FIRST_INPUTS = 10.0, 200  # before anything is judged: threads and buffers are made when first needed
 FIELDS = (
@@ -48,17 +50,18 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Trouble:
-    """One input: what kind it is, the bytes of the body, and its headers."""
+    """One input: what kind it is, the bytes of the body, its headers, and what it is drawn from."""
 
     kind: str
     body: bytes
     headers: dict[str, str]
+    name: str = ""
 
 
-def troubles(seed: int, count: int, model: str) -> Iterator[Trouble]:
+def troubles(seed: int, numbers: Iterable[int], model: str) -> Iterator[Trouble]:
     """Inputs that are the same for the same seed: pictures and JSON, each hurt in one of many ways."""
-    for number in range(count):
-        yield trouble(random.Random(f"{seed}/{number}"), model)
+    for number in numbers:
+        yield replace(trouble(random.Random(f"{seed}/{number}"), model), name=f"input {seed}/{number}")
 
 
 def trouble(draw: random.Random, model: str) -> Trouble:
@@ -204,21 +207,28 @@ def fault(response: httpx.Response) -> str | None:
     return None if isinstance(message, str) and message else "an empty reason"
 
 
-def fuzz(client: httpx.Client, inputs: Iterator[Trouble]) -> Outcome:
-    """Send them all, one by one."""
+def fuzz(client: httpx.Client, inputs: Iterable[Trouble]) -> Outcome:
+    """Send them one by one."""
     seen: Counter[str] = Counter()
     faults = []
-    for number, item in enumerate(inputs):
+    for item in inputs:
         try:
             response = client.post("/v1/chat/completions", content=item.body, headers=item.headers)
         except httpx.HTTPError as error:
-            faults.append(f"input {number}, {item.kind}: {type(error).__name__} {error}")
+            faults.append(f"{item.name}, {item.kind}: {type(error).__name__} {error}")
             continue
         seen[f"{item.kind}: {response.status_code}"] += 1
         wrong = fault(response)
         if wrong:
-            faults.append(f"input {number}, {item.kind}: {wrong}")
+            faults.append(f"{item.name}, {item.kind}: {wrong}")
     return seen, faults
+
+
+def fuzz_together(client: httpx.Client, inputs: Sequence[Iterable[Trouble]]) -> Outcome:
+    """Send several rows of them at once."""
+    with ThreadPoolExecutor(len(inputs)) as crowd:
+        outcomes = list(crowd.map(partial(fuzz, client), inputs))
+    return sum((seen for seen, _ in outcomes), Counter()), [fault for _, faults in outcomes for fault in faults]
 
 
 # ---- load
@@ -229,7 +239,7 @@ def client_for(url: str, seed: int, model: str, until: float, seen: Counter[str]
     draw = random.Random(seed)
     while time.monotonic() < until:
         kind = draw.choice(["ask", "stream", "leave", "leave", "trouble", "huge"])
-        with httpx.Client(base_url=url, timeout=120) as http:
+        with httpx.Client(base_url=url, timeout=PATIENCE) as http:
             try:
                 seen[f"{kind}: {_visit(http, draw, kind, model, faults)}"] += 1
             except httpx.HTTPError as error:
@@ -373,19 +383,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    url, seed = options.url, options.seed
+    url, seed, clients = options.url, options.seed, min(options.clients, 64)
     if urlsplit(url).hostname not in {"127.0.0.1", "localhost", "::1"}:
         parser.error("only a server on this machine may be troubled")
     faults: list[str] = []
-    # Generous: where a mutation drops max_tokens, an answer may fill all the room there is.
-    with httpx.Client(base_url=url, timeout=600) as http:
+    with httpx.Client(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_connections=clients)) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
 
-        def inputs(count: int, seed: int) -> Outcome:
-            return fuzz(http, troubles(seed, min(count, 100_000), model))
+        def inputs(count: float, seed: int) -> Outcome:
+            rows = [range(first, min(int(count), 100_000), clients) for first in range(clients)]
+            return fuzz_together(http, [troubles(seed, row, model) for row in rows])
 
         def visits(seconds: float, seed: int) -> Outcome:
-            return crowd(url, model, min(options.clients, 64), min(seconds, 900), seed)
+            return crowd(url, model, clients, min(seconds, 900), seed)
 
         for amount, first, trouble in ((options.fuzz, FIRST_INPUTS, inputs), (options.seconds, FIRST_SECONDS, visits)):
             if amount:

@@ -314,7 +314,7 @@ def test_a_client_that_does_not_read_slows_no_other(served):
 
 
 def test_odd_inputs_are_answered_with_a_reason(served):
-    counts, faults = fuzz(served.http, troubles(seed=5, count=200, model=NAME))
+    counts, faults = fuzz(served.http, troubles(5, range(200), NAME))
     assert faults == []
     assert counts["sound: 200"] > 5
     assert served.until_idle()["status"] == "ok"
