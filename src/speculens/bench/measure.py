@@ -10,10 +10,11 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -386,6 +387,12 @@ def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
 
 
 def _processor() -> str:
+    """The CPU's name as Linux tells it; elsewhere what Python knows."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name":
+                return name.strip()
     return platform.processor() or platform.machine()
 
 

@@ -105,7 +105,7 @@ def _walk(run: Run) -> Iterator[str]:
     )
     for name, steps in walked.items():
         yield f"<h4>{escape(names[name])}</h4>"
-        yield f'<p class="answer">{"".join(map(_said, steps))}</p>'
+        yield f'<p class="answer">{"".join(map(_said, steps)).lstrip()}</p>'
         for number, step in enumerate(steps):
             if step["nodes"]:
                 yield from _step(number, step, opened=number == 1)
