@@ -102,9 +102,7 @@ def _files(name: str, about: Mapping[str, Any], data: Sequence[Path]) -> list[Pa
 
 
 def _missing(name: str, about: Mapping[str, Any], what: str) -> UserError:
-    return UserError(
-        f"The data of the suite {name} is missing{what}; fetch: {about['fetch']} (--data names the folder)."
-    )
+    return UserError(f"The data of the suite {name} is missing{what}; --data is, or holds: {about['fetch']}.")
 
 
 # ---- rows of a published layout -------------------------------------------------------------------------------------
