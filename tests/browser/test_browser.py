@@ -155,6 +155,13 @@ def test_the_tree_of_each_step_can_be_walked_back_to(answered, number):
     assert words.get_property("textContent") == "".join((*kept, own)).lstrip()
 
 
+def test_a_space_alone_is_shown_where_tokens_are_told(page, script):
+    script.passes = [((), "Age"), ((" ",), "7")]
+    page.ask()
+    page.answered()
+    assert page.text("#caption").endswith("1 accepted “␣”.")
+
+
 def test_the_last_step_is_shown_first_and_the_slider_has_as_many_as_there_are(answered):
     assert answered.find("#step").get_attribute("max") == answered.find("#step").get_property("value")
     assert answered.text("#caption").startswith(f"Step {len(PASSES)} of {len(PASSES)}: ")

@@ -356,7 +356,7 @@ function drawPass(index) {
   drawTree(at("tree"), tree, own);
   drawStrip(at("strip"), shown.passes.map(({ tokens }) => tokens), index);
   const kept = tree.accepted.filter((node) => node > 0).map((node) => tree.tokens[node]).join("");
-  const quoted = (text) => `“${text.replaceAll("\n", "⏎").trim()}”`;
+  const quoted = (text) => `“${text.replaceAll("\n", "⏎").trim() || "␣"}”`;
   const said = `Step ${index + 1} of ${shown.passes.length}: ${tree.tokens.length - 1} drafted, ${accepted} accepted`
     + (kept && ` ${quoted(kept)}`) + (own === undefined ? "." : `, then the model’s own ${quoted(own)}.`);
   at("caption").textContent = said;
