@@ -166,6 +166,9 @@ def test_a_missing_or_broken_recipe_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        load_recipe(tmp_path / "picture.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="must be a section"):
         load_recipe(tmp_path / "list.yaml")

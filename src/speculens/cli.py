@@ -7,9 +7,11 @@ import errno
 import io
 import json as jsons
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,11 +101,16 @@ MaxModelLen = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command (default: that of the process) and return its exit status."""
-    command = typer.main.get_command(app)
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows few characters must not stop an answer
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    with _interrupts() as interrupts:
+        return _invoke(words, interrupts)
+
+
+def _invoke(words: list[str], interrupts: Sequence[int]) -> int:
+    command = typer.main.get_command(app)
     try:
         with warnings.catch_warnings(), command.make_context("speculens", words) as context:
             warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|accelerate)\b")
@@ -117,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if interrupts:
+            return 130
         sentence = _sentence(error)
         if sentence is None:
             raise
@@ -124,6 +133,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             typer.echo(f"speculens: {sentence}", err=True)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C that came: amid an import it may be swallowed, and the import fails in another way."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -245,11 +274,19 @@ def _conversation(question: str, images: Sequence[str], system: str | None) -> C
     if question == "-":
         if "-" in images:
             raise UserError("Standard input can bring the picture or the question, not both: give one of them by name.")
-        question = sys.stdin.read().strip()
+        question = _said()
     if not question:
         raise UserError("The question is empty.")
     asked = Conversation.user(question, images)
     return Conversation((Message("system", (system,)), *asked.messages)) if system else asked
+
+
+def _said() -> str:
+    """A question from standard input."""
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UserError("Standard input holds no text; a picture is named with --image -.") from None
 
 
 def _load(
@@ -267,7 +304,7 @@ def _usable(device: str | None) -> str | None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
@@ -320,13 +357,14 @@ def inspect(
         raise UserError("Nothing to inspect: name a --target, a --drafter or both.")
     from speculens.checkpoints import load_drafter
     from speculens.show import Screen, drafter_lines, target_lines, view_lines
+    from speculens.targets import outline_target
 
     _hush()
     screen = Screen(quiet=json)
     report: dict[str, Any] = {"target": None, "drafter": None, "fits": None, "reason": None}
     outline = guesser = None
     if target is not None:
-        outline = _outline(target, revision)
+        outline = outline_target(target, revision=revision)
         report["target"] = {"name": target, **_target_facts(outline)}
         screen.facts(f"target {target}", target_lines(report["target"]))
     if drafter is not None:
@@ -360,25 +398,6 @@ def _view(target: str, drafter: str, images: Sequence[str], question: str, revis
     told = step.slot.stats.to_dict()
     names = ("num_prompt_tokens", "num_visual_tokens", "num_drafter_rows", "drafter_prefill_ratio", "drafter_notes")
     return {name: told[name] for name in names}
-
-
-def _outline(name: str, revision: str | None) -> Target:
-    """A target without its weights: all shapes, no memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-
-    from speculens.targets import Target
-    from speculens.targets.processing import load_processor
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"There is no vision-language model at {name}: {str(error).strip().splitlines()[0]}") from None
-    with contextlib.suppress(OSError):  # without one, the end-of-sequence ids are those of the model's config
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
-    return Target(model, load_processor(name, config, revision=revision))
 
 
 def _target_facts(target: Target) -> dict[str, Any]:
@@ -442,11 +461,12 @@ def prepare_data(  # noqa: PLR0913, PLR0917 - a flag each
     from speculens.data.prepare import Selection, prepare
     from speculens.data.rows import error_file
     from speculens.show import Screen, prepared_lines
+    from speculens.targets import outline_target
 
     _hush()
     screen = Screen(quiet=json)
     selection = Selection(limit, shuffle_seed, copy_images, max_length, overwrite)
-    counter = _outline(target, revision) if target is not None else None
+    counter = outline_target(target, revision=revision) if target is not None else None
     with screen.progress("rows") as tell:
         report = prepare(JsonLines(files, image_root), out, selection, counter, tell).to_dict()
     screen.facts(str(out), prepared_lines(report))
@@ -691,19 +711,21 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a drafter in another layout: from a published one to ours, and back."""
-    from speculens.checkpoints import save_drafter, save_published
+    from speculens.checkpoints import save_drafter, save_published, whole
     from speculens.drafters import TrainedDrafter
     from speculens.show import Screen, size
+    from speculens.targets import outline_target
 
     _empty(out)
-    dtype = str(_outline(target, revision).dtype).removeprefix("torch.")
+    dtype = str(outline_target(target, revision=revision).dtype).removeprefix("torch.")
     model, guesser = _load(target, drafter, Dtype(dtype), "cpu", None, revision)
     if not isinstance(guesser, TrainedDrafter):
         raise UserError(f"The drafter {drafter} has no weights to write.")
-    if to is Layout.ours:
-        save_drafter(guesser, out, {"target": target, "exported from": drafter})
-    else:
-        save_published(guesser, to.value, out, model)
+    with whole(out) as partial:
+        if to is Layout.ours:
+            save_drafter(guesser, partial, {"target": target, "exported from": drafter})
+        else:
+            save_published(guesser, to.value, partial, model)
     stored = _stored_bytes(str(out))
     screen = Screen(quiet=json)
     screen.say(f"The drafter is in {out} ({to.value}, {size(stored or 0)}).")
@@ -724,15 +746,16 @@ def trim(
     json: Json = False,
 ) -> None:
     """Let a drafter draft only the commonest tokens: its share of the head becomes small. The output stays the same."""
-    from speculens.checkpoints import load_drafter, save_drafter
+    from speculens.checkpoints import load_drafter, save_drafter, whole
     from speculens.data import JsonLines
     from speculens.data.vocabulary import commonest
     from speculens.drafters import TrainedDrafter
     from speculens.show import Screen
+    from speculens.targets import outline_target
 
     _empty(out)
     _hush()
-    outline = _outline(target, revision)
+    outline = outline_target(target, revision=revision)
     guesser = load_drafter(drafter, dtype=outline.dtype, target=outline)
     if not isinstance(guesser, TrainedDrafter):
         raise UserError(f"The drafter {drafter} has no head to trim.")
@@ -741,7 +764,9 @@ def trim(
     with screen.progress("rows") as tell:
         found = commonest(JsonLines(data), outline, size, tell)
     covered = f"{found.coverage:.2%} of {found.counted:,} tokens in answers"
-    save_drafter(guesser.trimmed(found.tokens), out, {"target": target, "trimmed from": drafter, "covers": covered})
+    with whole(out) as partial:
+        card = {"target": target, "trimmed from": drafter, "covers": covered}
+        save_drafter(guesser.trimmed(found.tokens), partial, card)
     screen.say(f"The drafter is in {out}: {size:,} of {outline.vocab_size:,} tokens, {covered}.")
     if json:
         report = {"path": str(out), "method": guesser.name, "draft_vocab_size": size, "coverage": found.coverage}
@@ -928,6 +953,7 @@ def _hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is told once, not at every try
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
 

@@ -9,7 +9,7 @@ r_k is one learned vector per draft step: r_0 where the feature is the target's,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.values import read
 
 POSITIONS = ("auto", "contiguous", "original")
 BORDERS = ("paper", "after", "vllm")
@@ -48,22 +49,18 @@ class HivisOptions:
     step_embedding: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frame", tuple(self.frame))  # JSON knows lists alone
         for name, known in (("positions", POSITIONS), ("border", BORDERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"The option {name} of HiViS is one of {', '.join(known)}, not {getattr(self, name)}.")
         if len(self.frame) not in (0, 2):
             raise UserError(f"The option frame of HiViS is two token ids or none, not {list(self.frame)}.")
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if self.steps < 1:
             raise UserError(f"The option steps of HiViS must be a whole number above 0, not {self.steps}.")
 
     @staticmethod
     def read(options: Mapping[str, Any]) -> HivisOptions:
         """From a config's options; raises UserError on unknown ones."""
-        known = [f.name for f in fields(HivisOptions)]
-        if unknown := sorted(set(options) - set(known)):
-            raise UserError(f"HiViS has no option {', '.join(unknown)}; it knows {', '.join(known)}.")
-        return HivisOptions(**options)
+        return read(HivisOptions, options, "The options of HiViS")
 
 
 class HivisDrafter(EagleDrafter):

@@ -22,6 +22,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.values import read
 
 FUSIONS = ("concat", "add", "none")
 
@@ -45,17 +46,11 @@ class Options:
     @staticmethod
     def read(config: DrafterConfig) -> Options:
         """Raises UserError on unknown keys and impossible values."""
-        try:
-            options = Options(**config.options)
-        except TypeError as error:
-            raise UserError(f"The options of a vispec drafter are wrong: {error}.") from None
-        sizes = (options.num_q, options.adaptor_heads or 1, options.adaptor_head_dim or 1)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(
-                "The options num_q, adaptor_heads and adaptor_head_dim of a vispec drafter must be above 0."
-            )
+        options = read(Options, config.options, "The options of ViSpec")
+        if min(options.num_q, options.adaptor_heads or 1, options.adaptor_head_dim or 1) < 1:
+            raise UserError("The options num_q, adaptor_heads and adaptor_head_dim of ViSpec must be above 0.")
         if options.fusion not in FUSIONS:
-            raise UserError(f"A vispec drafter's option fusion is one of {', '.join(FUSIONS)}, not {options.fusion!r}.")
+            raise UserError(f"The option fusion of ViSpec is one of {', '.join(FUSIONS)}, not {options.fusion!r}.")
         return options
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 
 from speculens.errors import UserError
 from speculens.targets.attention import install_attention
@@ -35,14 +37,7 @@ def load_target(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and device.type == "cpu" and device_map is None:
         dtype = torch.float32
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"There is no model at {name}: {_first_line(error)}") from None
-    if type(config) not in AutoModelForImageTextToText._model_mapping:  # noqa: SLF001 - there is no public list
-        raise UserError(
-            f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them."
-        )
+    config = _read_config(name, revision)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -72,6 +67,34 @@ def load_target(
     install_attention(model)
     join_segments(model)
     return Target(model, load_processor(name, config, revision=revision))
+
+
+def outline_target(name: str, *, revision: str | None = None) -> Target:
+    """A target without its weights: all shapes, no memory. Raises UserError as `load_target` does."""
+    config = _read_config(name, revision)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name} cannot be built: {_first_line(error)}") from None
+    with contextlib.suppress(OSError):  # without one, the end-of-sequence ids are those of the model's config
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    return Target(model, load_processor(name, config, revision=revision))
+
+
+def _read_config(name: str, revision: str | None) -> PreTrainedConfig:
+    """What a vision-language model says about itself."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no model at {name}: {_first_line(error)}") from None
+    except (StrictDataclassError, TypeError, AttributeError, LookupError) as error:  # JSON, but not of a config
+        raise UserError(f"The config.json of {name} is broken: {' '.join(str(error).split())}") from None
+    if type(config) not in AutoModelForImageTextToText._model_mapping:  # noqa: SLF001 - there is no public list
+        raise UserError(
+            f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them."
+        )
+    return config
 
 
 def _first_line(error: BaseException) -> str:
