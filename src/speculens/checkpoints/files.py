@@ -92,24 +92,24 @@ def whole(folder: Path, then: str = "Make room and run the same command again.")
 
     Raises UserError if it cannot be written, and `then` is what it tells the user to do.
     """
-    folder = folder.absolute()
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    place = folder.absolute()
+    partial, old = (place.with_name(f".{place.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        if folder.exists():
+        if place.exists():
             shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        _sync(folder.parent)
+            place.rename(old)
+        partial.rename(place)
+        _sync(place.parent)
         shutil.rmtree(old, ignore_errors=True)
     # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} could not be written ({_line(error)}; {_free(folder.parent)} free there). {then}"
+            f"{folder} could not be written ({_line(error)}; {_free(place.parent)} free there). {then}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
