@@ -22,6 +22,7 @@ import tiny
 from speculens import Conversation, Engine, Sampling, cli, demo, load_drafter, load_target
 from speculens.answer import Answer, Entry, Run, ask
 from speculens.checkpoints import save_drafter
+from speculens.cli.demo import Family
 from speculens.show import DRAFTED, Screen, count, size
 from speculens.tree import TreeShape
 
@@ -368,7 +369,7 @@ def testbed(shelf, tmp_path_factory):
 def test_demo(run, testbed, tmp_path):
     page = tmp_path / "index.html"
     got = run("demo", "--testbed", testbed, "--out", page, "--max-new-tokens", 6)
-    assert [*cli.Family] == ["all", *demo.FAMILIES]
+    assert [*Family] == ["all", *demo.FAMILIES]
     assert (got.code, got.err) == (0, "")
     assert got.out.count(QUESTION) == 4  # two pictures, two families
     assert got.out.count("2 of 2") == 6  # three drafters, two families, all exact

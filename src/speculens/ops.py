@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculens.cache import SlotCache
+from speculens.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,6 @@ def _kernels(device: torch.device) -> ModuleType | None:
         kernels = importlib.import_module("speculens.kernels")
         kernels.swiglu(torch.zeros(1, 2, device=device))  # compilers and drivers fail here or not at all
     except Exception as error:  # noqa: BLE001 - whatever it is, plain torch does the same
-        log.warning("No Triton kernels on %s, plain torch instead: %s", device, str(error).strip().split("\n")[0])
+        log.warning("No Triton kernels on %s, plain torch instead: %s", device, first_line(error))
         return None
     return kernels

@@ -24,7 +24,7 @@ from speculens.features import Features
 from speculens.ops import is_plain, linear
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
-from speculens.targets.processing import encode
+from speculens.targets.processing import encode, image_token_id
 from speculens.tree import DraftTree
 
 
@@ -110,6 +110,28 @@ class Target:
             if ids is not None:
                 return frozenset(ids if isinstance(ids, (list, tuple)) else [int(ids)])
         return frozenset()
+
+    def describe(self) -> dict[str, Any]:
+        """What `inspect` shows. Works on an outline, too."""
+        token, ends = image_token_id(self.model.config), sorted(self.eos_token_ids)
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        spell = self.tokenizer.convert_ids_to_tokens
+        return {
+            "model_type": self.family,
+            "architecture": type(self.model).__name__,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "context": self.context,
+            "kv_bytes_per_token": self.session(slots=1, capacity=1).nbytes,
+            "positions": "M-RoPE" if "mrope_section" in rope else "1-D",
+            "image_token": spell(token),
+            "image_token_id": token,
+            "eos_tokens": spell(ends),
+            "eos_token_ids": ends,
+        }
 
     # What it computes
 
