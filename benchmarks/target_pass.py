@@ -1,7 +1,7 @@
 r"""What a target pass costs, and what its parts cost: kernels checked, then timed beside what they replace.
 
-    python benchmarks/target_pass.py --out target_pass.json   (a GPU, about two minutes)
-    python benchmarks/target_pass.py --tiny                   (any machine: runs every line, says nothing of speed)
+    python -m benchmarks.target_pass --out target_pass.json   (a GPU, about two minutes)
+    python -m benchmarks.target_pass --tiny                   (any machine: runs every line, says nothing of speed)
 
 A pass over one node reads all weights once; that time is the floor, printed beside each figure. Everything is timed as
 a replayed CUDA graph, median of `--repeats`. Decoders have the shapes of 7B models and random weights. Parts that fail
@@ -17,7 +17,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.shapes import SEVEN_B, Shape
 from speculens import ops
 from speculens.attention import TreeMask, folded_attention, tree_attention
 from speculens.cache import SlotCache, cache_arguments
@@ -39,25 +39,6 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 PREFIX, BUCKET, NODES = 1200, 1280, 60
 START = time.perf_counter()
 FIGURES: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's size, as the configs of transformers spell it."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    inner: int
-    vocabulary: int
-    bias: bool
-
-
-SHAPES = {
-    "qwen2.5-vl-7b": Shape(28, 3584, 28, 4, 18944, 152064, bias=True),
-    "llava-1.5-7b": Shape(32, 4096, 32, 32, 11008, 32064, bias=False),
-}
 TINY = {"tiny": Shape(2, 64, 4, 2, 96, 320, bias=True)}
 TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
 
@@ -75,7 +56,7 @@ def main() -> None:
     FIGURES["torch"] = torch.__version__
     part("correct", check_kernels)
     part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
-    for name, shape in (TINY if given.tiny else SHAPES).items():
+    for name, shape in (TINY if given.tiny else SEVEN_B).items():
         part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
         gc.collect()
         if CUDA:
@@ -270,7 +251,7 @@ def _tree(nodes: int, vocabulary: int) -> DraftTree:
 def _model(shape: Shape) -> Any:
     common = dict(
         hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
+        intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -390,7 +371,7 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
     stream = torch.randn(1, nodes, shape.hidden, device=DEVICE, dtype=DTYPE)
     update, gain = torch.randn_like(stream), torch.ones(shape.hidden, device=DEVICE, dtype=DTYPE)
     joined = torch.randn(1, nodes, (shape.heads + 2 * shape.kv_heads) * dim, device=DEVICE, dtype=DTYPE)
-    gate_up = torch.randn(1, nodes, 2 * shape.inner, device=DEVICE, dtype=DTYPE)
+    gate_up = torch.randn(1, nodes, 2 * shape.mlp, device=DEVICE, dtype=DTYPE)
     cos, sin = decoder.rotary_emb(stream, PREFIX + tree.depth)
     queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths)
     runs = {

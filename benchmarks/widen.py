@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.prompts import HELDOUT, questions
+from benchmarks.shapes import SEVEN_B, Shape
 from speculens import Engine, Sampling, Target, load_drafter, load_target
 from speculens.answer import Entry, ask
 from speculens.drafters import METHODS, Drafter, TrainedDrafter
@@ -46,24 +47,6 @@ from speculens.targets.attention import install_attention
 # What the constant is, how much of it the final norm hands on (so little that features keep their length), and how a
 # token that was added weighs it. Powers of two: exact in every format.
 LEVEL, FAINT, FORBIDDEN = 2.0**-5, 2.0**-20, -(2.0**60)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a text decoder; `hidden` is a multiple of the small one's width, 5 times it or more."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocabulary: int
-
-
-SEVEN_B = {
-    "qwen2_5_vl": Shape(layers=28, hidden=3584, heads=28, kv_heads=4, mlp=18944, vocabulary=152_064),
-    "llava": Shape(layers=32, hidden=4096, heads=32, kv_heads=32, mlp=11008, vocabulary=32_064),
-}
 
 
 @dataclass(frozen=True)
@@ -208,7 +191,10 @@ class _Layout:
 
 
 def widen_target(small: Target, shape: Shape, *, device: torch.device | str, dtype: torch.dtype) -> Target:
-    """A real model of this shape, made on `device`, that says what `small` says. Its vision tower stays small."""
+    """A real model of this shape, made on `device`, that says what `small` says. Its vision tower stays small.
+
+    The shape's width is a multiple of the small one's, 5 times it or more; its `bias` is not read.
+    """
     text = small.text_config
     residual = Residual(small.hidden_size, shape.hidden, text.rms_norm_eps)
     dim = getattr(text, "head_dim", None) or small.hidden_size // text.num_attention_heads
