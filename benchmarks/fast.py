@@ -311,7 +311,7 @@ def measure_pairs(setup: Setup) -> dict[str, Any]:
             small = Engine(setup.small, capacity=max(map(len, setup.prompts)) + setup.new_tokens)
             own = [ask(small, prompt, sampling) for prompt in setup.prompts[: len(answers[NONE])]]
             wide = Entry("wide", answers[NONE], own)
-            result["like_the_small_model"] = {"prompts": len(own), "equal": wide.exact, "at": wide.differences}
+            result["like_the_small_model"] = {"prompts": len(own), "equal": wide.num_exact, "at": wide.differences}
             result["text"] = [answer.generation.text[:120] for answer in answers[NONE][:4]]
     return result
 
@@ -334,7 +334,7 @@ def _compared(name: str, answers: Mapping[str, Sequence[Answer]], base: str = NO
     entry = Entry(name, answers[name], answers[base])
     ratios = [own.seconds / mine.seconds for mine, own in zip(entry.answers, entry.own, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    decoding = sum(answer.seconds - answer.time_to_first_token for answer in entry.answers)
+    decoding = sum(answer.decode_seconds for answer in entry.answers)
     length = entry.stats.mean_acceptance_length
     return entry.to_dict() | {
         "median_speedup": median,

@@ -422,8 +422,10 @@ def main() -> None:
         )
         entry = Entry(Path(name).name, other, one)
         lengths = [Stats.total(a.generation.stats for a in answers).mean_acceptance_length for answers in (one, other)]
-        rows.append({"drafter": entry.drafter, "exact": entry.exact / len(prompts), "lengths": lengths})
-        print(f"{entry.drafter:24s} equal {entry.exact}/{len(prompts)}  length {lengths[0]:.3f} -> {lengths[1]:.3f}")
+        rows.append({"drafter": entry.drafter, "exact": entry.num_exact / len(prompts), "lengths": lengths})
+        print(
+            f"{entry.drafter:24s} equal {entry.num_exact}/{len(prompts)}  length {lengths[0]:.3f} -> {lengths[1]:.3f}"
+        )
     print(json.dumps({"shape": dataclasses.asdict(shape), "dtype": str(given.dtype), "drafters": rows}))
 
 

@@ -246,7 +246,7 @@ def test_an_inexact_answer_is_shown_as_such(drafted):
     other = replace(drafted, generation=replace(drafted.generation, tokens=tokens))
     shorter = replace(drafted, generation=replace(drafted.generation, tokens=tokens[:3]))
     entry = Entry("x", [drafted, other, shorter], [drafted] * 3)
-    assert entry.exact == 1
+    assert entry.num_exact == 1
     assert entry.differences == [None, 3, 3]
     assert entry.to_dict()["exact"] == pytest.approx(1 / 3)
 
@@ -488,7 +488,7 @@ MISTAKES = {
     "stdin twice": (["generate", "--target", "{llava}", "--image", "-", "-"], "Standard input"),
     "no such device": (["generate", "--target", "{llava}", "--device", "abacus", "hi"], "device abacus cannot be used"),
     "nothing to inspect": (["inspect"], "--target"),
-    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no vision-language model"),
+    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no model at"),
     "unknown recipe key": (["train", "-c", "{broken}/recipe.yaml"], "did you mean objective?"),
     "no recipe": (["train", "-c", "{broken}/gone.yaml"], "cannot be read"),
     "bad override": (["train", "-c", "{broken}/recipe.yaml", "steps"], "section.key=value"),

@@ -32,6 +32,11 @@ class Answer:
     time_to_first_token: float
 
     @property
+    def decode_seconds(self) -> float:
+        """Without the time to the first token (vision tower and prefill)."""
+        return self.seconds - self.time_to_first_token
+
+    @property
     def tokens_per_second(self) -> float:
         """All tokens over all the time, prefill included."""
         return len(self.generation.tokens) / self.seconds
@@ -114,12 +119,12 @@ class Entry:
 
     @property
     def decode_speedup(self) -> float:
-        """The same without the time to the first token (vision tower and prefill); 0 if there was nothing to decode."""
-        spent = _decode_seconds(self.answers)
-        return _decode_seconds(self.own) / spent if spent else 0.0
+        """The same without the time to the first token; 0 if there was nothing to decode."""
+        spent = sum(answer.decode_seconds for answer in self.answers)
+        return sum(answer.decode_seconds for answer in self.own) / spent if spent else 0.0
 
     @property
-    def exact(self) -> int:
+    def num_exact(self) -> int:
         """How many answers equal the target's own, token for token."""
         return sum(difference is None for difference in self.differences)
 
@@ -139,14 +144,10 @@ class Entry:
             "tokens_per_second": self.tokens / self.seconds,
             "walltime_speedup": self.walltime_speedup,
             "decode_speedup": self.decode_speedup,
-            "exact": self.exact / len(self.answers),
+            "exact": self.num_exact / len(self.answers),
             "first_differences": self.differences,
             "stats": self.stats.to_dict(),
         }
-
-
-def _decode_seconds(answers: Sequence[Answer]) -> float:
-    return sum(answer.seconds - answer.time_to_first_token for answer in answers)
 
 
 def _first_difference(mine: Sequence[int], own: Sequence[int]) -> int | None:

@@ -147,7 +147,7 @@ def _compared(entries: Sequence[Entry]) -> dict[str, Any]:
         return {}
     own, mine = entries
     return {
-        "exact": mine.exact == 1,
+        "exact": mine.num_exact == 1,
         "first_difference": mine.differences[0],
         "walltime_speedup": mine.walltime_speedup,
         "decode_speedup": mine.decode_speedup,
