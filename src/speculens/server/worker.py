@@ -22,12 +22,13 @@ from transformers.utils import logging as transformers_logging
 
 from speculens.answer import runs
 from speculens.checkpoints import load_drafter
-from speculens.conversation import Conversation, load_image
+from speculens.conversation import Conversation
 from speculens.conversation import Message as Turn
 from speculens.drafters import NoDrafter
 from speculens.drafters.base import reshaped
 from speculens.engine import Engine, Slot, Step
 from speculens.errors import UserError
+from speculens.pictures import load_image
 from speculens.sampling import Logprob, Sampling
 from speculens.server.errors import origin_of
 from speculens.server.settings import Limits, Model
