@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from speculens.attention import folded_attention
 from speculens.drafters.config import DrafterConfig
-from speculens.ops import Joined, swiglu
+from speculens.ops import Joined, rotate, swiglu
 
 # attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
 # The caller decides where keys and values live and who sees whom: training, prefill and tree growth differ only here.
@@ -63,7 +63,7 @@ class _Attention(nn.Module):
         else:
             states = tuple(project(x) for project in self.projections)
         queries, keys, values = map(self._heads, states)
-        mixed = attend(_rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
+        mixed = attend(rotate(queries, cos, sin), rotate(keys, cos, sin), values)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -101,22 +101,16 @@ def _usable(joined: Joined | None) -> TypeGuard[Joined]:
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
+    """Cosines and sines (B, 1, m, head_dim), computed where needed: a table would put a limit on positions."""
     angles = positions[:, None, :, None].float() * _frequencies(head_dim, theta, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @cache
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """(head_dim / 2,) float32. Not a buffer of the module: casting that to bfloat16 would cast these too."""
+    """(head_dim,) float32, each pair's twice. No buffer of the module: casting that to bfloat16 would cast these too."""
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    return theta**-exponent
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2), as Llama and Qwen do."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return (theta**-exponent).repeat(2)
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
