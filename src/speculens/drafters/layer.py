@@ -108,7 +108,7 @@ def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) ->
 
 @cache
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """(head_dim,) float32, each pair's twice. No buffer of the module: casting that to bfloat16 would cast these too."""
+    """(head_dim,) float32, each twice. Not a buffer of the module: casting that to bfloat16 would cast these too."""
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     return (theta**-exponent).repeat(2)
 
