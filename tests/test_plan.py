@@ -304,6 +304,19 @@ def test_what_is_observed_late_is_observed_all_the_same(plain):
     assert torch.equal(late.parents, at_once.parents)
 
 
+def test_a_slot_is_forgotten_however_it_ends():
+    """Slots hold prompts with their pictures: a plan that kept one of a client that left would keep them for ever."""
+    engine = Engine(target("llava"), made("eaglevlm"), slots=2, capacity=CAPACITY, shape="auto")
+    ends, leaves = (engine.admit(prompt("llava", ask), Sampling(max_new_tokens=4)).slot for ask in ASKS[:2])
+    engine.step()
+    assert set(engine._plan._slots) == {ends, leaves}
+    engine.cancel(leaves)
+    assert set(engine._plan._slots) == {ends}
+    while engine.running:
+        engine.step()
+    assert not engine._plan._slots
+
+
 def test_auto_is_exact_keeps_its_costs_and_plans_only_where_trees_grow(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     long = [Sampling(max_new_tokens=40)] * len(ASKS)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speculens.engine import Engine, Generation, Step
+from speculens.engine import Engine
 from speculens.sampling import Sampling
+from speculens.slot import Generation, Step
 from speculens.stats import Stats
 from speculens.targets import Prompt
 from speculens.text import TextStream
@@ -69,11 +70,9 @@ def ask(engine: Engine, prompt: Prompt, sampling: Sampling, on_run: Callable[[Ru
             for run in runs(words, step):
                 seen.append(run)
                 on_run(run)
-    slot = steps[-1].slot
-    done = Generation(slot.tokens, slot.text, slot.finish_reason or "", slot.stats)
     if not on_run:
         seen = [run for step in steps for run in runs(words, step)]
-    return Answer(done, tuple(seen), times[-1], times[0])
+    return Answer(steps[-1].slot.generation, tuple(seen), times[-1], times[0])
 
 
 def warm_up(engines: Iterable[Engine], prompt: Prompt, sampling: Sampling) -> None:

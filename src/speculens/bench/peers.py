@@ -16,9 +16,9 @@ from torch import Tensor
 
 from speculens.answer import Answer
 from speculens.bench.measure import Contender
-from speculens.engine import Generation
 from speculens.errors import UserError, first_line
 from speculens.sampling import Sampling
+from speculens.slot import Generation
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target, load_target
 from speculens.targets.processing import image_token_id
