@@ -6,13 +6,16 @@ a command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -49,11 +52,16 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command (default: that of the process) and return its exit status."""
-    program = typer.main.get_command(app)
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows few characters must not stop an answer
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    with _interrupts() as interrupts:
+        return _invoke(words, interrupts)
+
+
+def _invoke(words: list[str], interrupts: Sequence[int]) -> int:
+    program = typer.main.get_command(app)
     try:
         with warnings.catch_warnings(), program.make_context("speculens", words) as context:
             warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|accelerate)\b")
@@ -67,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if interrupts:
+            return 130
         sentence = _sentence(error)
         if sentence is None:
             raise
@@ -74,6 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             typer.echo(f"speculens: {sentence}", err=True)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C that came: amid an import it may be swallowed, and the import fails in another way."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _sentence(error: Exception) -> str | None:

@@ -53,7 +53,7 @@ def prepare_data(  # noqa: PLR0913, PLR0917 - a flag each
     hush()
     screen = Screen(quiet=json)
     selection = Selection(limit, shuffle_seed, copy_images, max_length, overwrite)
-    counter = outline_target(target, revision) if target is not None else None
+    counter = outline_target(target, revision=revision) if target is not None else None
     with screen.progress("rows") as tell:
         report = prepare(JsonLines(files, image_root), out, selection, counter, tell).to_dict()
     screen.facts(str(out), prepared_lines(report))

@@ -38,7 +38,7 @@ def export(
     from speculens.targets import outline_target
 
     check_empty(out)
-    dtype = str(outline_target(target, revision).dtype).removeprefix("torch.")
+    dtype = str(outline_target(target, revision=revision).dtype).removeprefix("torch.")
     model, guesser = load(target, drafter, dtype=Dtype(dtype), device="cpu", revision=revision)
     if not isinstance(guesser, TrainedDrafter):
         raise UserError(f"The drafter {drafter} has no weights to write.")
@@ -74,7 +74,7 @@ def trim(
 
     check_empty(out)
     hush()
-    outline = outline_target(target, revision)
+    outline = outline_target(target, revision=revision)
     guesser = load_drafter(drafter, dtype=outline.dtype, target=outline)
     if not isinstance(guesser, TrainedDrafter):
         raise UserError(f"The drafter {drafter} has no head to trim.")

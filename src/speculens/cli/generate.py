@@ -123,11 +123,19 @@ def conversation_of(question: str, images: Sequence[str], system: str | None = N
     if question == "-":
         if "-" in images:
             raise UserError("Standard input can bring the picture or the question, not both: give one of them by name.")
-        question = sys.stdin.read().strip()
+        question = _said()
     if not question:
         raise UserError("The question is empty.")
     asked = Conversation.user(question, images)
     return Conversation((Message("system", (system,)), *asked.messages)) if system else asked
+
+
+def _said() -> str:
+    """A question from standard input."""
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UserError("Standard input holds no text; a picture is named with --image -.") from None
 
 
 def _write_page(

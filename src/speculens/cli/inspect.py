@@ -43,7 +43,7 @@ def inspect(
     report: dict[str, Any] = {"target": None, "drafter": None, "fits": None, "reason": None}
     outline = guesser = None
     if target is not None:
-        outline = outline_target(target, revision)
+        outline = outline_target(target, revision=revision)
         report["target"] = {"name": target, **outline.describe()}
         screen.facts(f"target {target}", target_lines(report["target"]))
     if drafter is not None:

@@ -37,5 +37,6 @@ def hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is told once, not at every try
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 
@@ -47,11 +48,14 @@ def load_target(
     return Target(model, load_processor(name, config, revision=revision))
 
 
-def outline_target(name: str, revision: str | None = None) -> Target:
-    """A target without its weights, on the meta device: all shapes and its processor, no memory."""
+def outline_target(name: str, *, revision: str | None = None) -> Target:
+    """A target without its weights, on the meta device: all shapes, no memory. Raises UserError as `load_target`."""
     config = _config(name, revision)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name} cannot be built: {first_line(error)}") from None
     with contextlib.suppress(OSError):  # without one, the end-of-sequence ids are those of the model's config
         model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return Target(model, load_processor(name, config, revision=revision))
@@ -59,7 +63,9 @@ def outline_target(name: str, revision: str | None = None) -> Target:
 
 def _usable(device: str | torch.device | None) -> torch.device:
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place.cpu()  # the meta device can be allocated on, and holds no numbers
+        return place.device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device {device} cannot be used here: {first_line(error)}") from None
 
@@ -68,8 +74,10 @@ def _config(name: str, revision: str | None) -> PreTrainedConfig:
     """Of a model that takes pictures and writes text from them."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"There is no model at {name}: {first_line(error)}") from None
+    except (StrictDataclassError, TypeError, AttributeError, LookupError) as error:  # JSON, but not of a config
+        raise UserError(f"The config.json of {name} is broken: {' '.join(str(error).split())}") from None
     if type(config) not in AutoModelForImageTextToText._model_mapping:  # noqa: SLF001 - there is no public list
         raise UserError(
             f"{name} is a '{config.model_type}' model, which takes no pictures and writes no text from them."
