@@ -377,6 +377,7 @@ def test_the_command(folder, tmp_path, capsys):
     rows = write(folder / "mixed.jsonl", [BAD[0], *rows_of(3)])
     words = ["respond", str(rows), "--target", model, "--dtype", "float64", "-c", str(recipe), "--system", "Be kind."]
     out = tmp_path / "out.jsonl"
+    capsys.readouterr()  # saving a model shows a bar, unless an earlier test has hushed it
     assert cli.main([*words, "--out", str(out), "--seed", "5"]) == 0
     shown = capsys.readouterr()
     assert "answered" in shown.out and "1  Cannot use" in shown.out
