@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from speculens.errors import UserError
 from speculens.targets.attention import install_attention
 from speculens.targets.base import Target
+from speculens.targets.patches import multiply_patches
 from speculens.targets.processing import load_processor
 from speculens.targets.segments import join_segments
 
@@ -71,6 +72,7 @@ def load_target(
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
     install_attention(model)
     join_segments(model)
+    multiply_patches(model)
     return Target(model, load_processor(name, config, revision=revision))
 
 
