@@ -1,4 +1,6 @@
-"""Captured steps give the tokens of eager ones, on a CUDA device: `python tests/test_capture_gpu.py`, or by pytest.
+"""Captured steps give the tokens of eager ones, on a CUDA device: by pytest, or by itself with words that cases hold.
+
+    python tests/test_capture_gpu.py hivis vispec
 
 Targets of random weights in float64 with trees so wide that paths are accepted, and the shipped testbed in float32.
 """
@@ -123,10 +125,12 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"testbed {name}", functools.partial(check_testbed, name)
 
 
-def main() -> int:
-    """Without pytest: a line for each case."""
+def main(words: list[str]) -> int:
+    """Without pytest: a line for each case whose name holds one of the words, or for all."""
     failed = 0
     for name, case in cases():
+        if words and not any(word in name for word in words):
+            continue
         try:
             case()
             print("pass", name, flush=True)  # noqa: T201
@@ -149,4 +153,4 @@ else:
 
 
 if __name__ == "__main__":
-    sys.exit(main() if CUDA else "this needs a CUDA device")
+    sys.exit(main(sys.argv[1:]) if CUDA else "this needs a CUDA device")
