@@ -141,8 +141,9 @@ class ViSpecDrafter(EagleDrafter):
         """The adaptor over every picture of a batch.
 
         visual  (B, n) bool on the host, embeds (B, n, H)
-        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first; (B, n) long, how many rows
-        of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for picture 0, which is none.
+        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first;
+        (B, n) long, how many rows of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for
+        picture 0, which is none.
         """
         begins = visual & ~F.pad(visual[:, :-1], (1, 0))
         number = begins.flatten().cumsum(0).view_as(begins)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from speculens.errors import UserError, first_line
 from speculens.targets.attention import install_attention
 from speculens.targets.base import Target
+from speculens.targets.patches import multiply_patches
 from speculens.targets.processing import load_processor
 from speculens.targets.segments import join_segments
 
@@ -45,6 +46,7 @@ def load_target(
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
     install_attention(model)
     join_segments(model)
+    multiply_patches(model)
     return Target(model, load_processor(name, config, revision=revision))
 
 
