@@ -129,6 +129,42 @@ def test_linear_on_one_row(outputs, inputs, bias):
     )
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "tile", "splits"),
+    [
+        (2, 40, 64, kernels.Tile(16, 32, 4, 1), 1),  # three tiles for four processors: the last is not full
+        (10, 37, 100, kernels.Tile(16, 32, 4, 2), 2),  # nothing is a multiple of its block
+        (17, 70, 96, kernels.Tile(16, 32, 4, 1), 3),  # four whole tiles, and the fifth in parts
+        (33, 16, 500, kernels.Tile(16, 32, 4, 4), 8),
+        (60, 128, 64, kernels.TILE, 1),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_on_a_few_rows(monkeypatch, dtype, rows, outputs, inputs, tile, splits, bias):
+    monkeypatch.setattr(kernels, "_processors", lambda _: 4)
+    assert kernels._shares(outputs, inputs, tile, 4)[1] == splits
+    storage = randn(outputs, inputs + 32, dtype=dtype)  # a weight may be a slice of a wider one
+    x, weight = randn(2, rows, inputs, dtype=dtype)[:1], storage[:, :inputs]
+    added = randn(outputs, dtype=dtype) if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    once, again = (kernels.linear_rows(x, weight, added, tile=tile) for _ in range(2))
+    torch.testing.assert_close(once.double(), want, **CLOSE[dtype])
+    assert once.equal(again)  # the counters of arrivals are zero again
+
+
+def test_parts_fill_the_device_and_cover_each_column_once():
+    """The products of two 7B models on 132 processors: (whole tiles, parts of each other tile)."""
+    tile = kernels.Tile(128, 64, 8, 2)
+    found = {}
+    for outputs, inputs in [(37888, 3584), (3584, 18944), (3584, 3584), (4608, 3584), (152064, 3584), (32768, 3584)]:
+        whole, splits, share = kernels._shares(outputs, inputs, tile, 132)
+        found[outputs, inputs] = whole, splits
+        assert share * (splits - 1) < inputs <= share * splits and share % tile.inputs == 0
+        assert (outputs // tile.outputs - whole) * splits <= 264
+    assert list(found.values()) == [(264, 8), (0, 8), (0, 8), (0, 7), (1056, 2), (256, 1)]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_single_row_without_gradients_takes_the_kernel(monkeypatch, bias):
     dtype = torch.float16
