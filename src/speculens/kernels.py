@@ -203,11 +203,9 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: 
     """
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    block_m = max(16, triton.next_power_of_2(rows))
-    whole, splits, share = _shares(outputs, inputs, tile, _processors(x.device))
+    block_m = padded_rows(rows)
+    whole, splits, share = shares(outputs, inputs, tile, _processors(x.device))
     parts = (triton.cdiv(outputs, tile.outputs) - whole) * splits
-    stage = (tile.outputs + block_m) * tile.inputs * x.element_size()
-    room = _shared_memory(x.device) // tile.programs - 1024  # the driver keeps a kilobyte of each
     out = x.new_empty(*x.shape[:-1], outputs)
     partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32) if parts else out
     with _on(x):
@@ -217,12 +215,23 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: 
             rows, outputs, inputs, weight.stride(0), whole, share,
             BIAS=bias is not None, EVEN=inputs % tile.inputs == 0, SPLITS=splits,
             BLOCK_M=block_m, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs,
-            num_warps=tile.warps, num_stages=max(1, min(room // stage, 8)),
+            num_warps=tile.warps, num_stages=max(1, stages(rows, tile, x)),
         )  # fmt: skip
     return out
 
 
-def _shares(outputs: int, inputs: int, tile: Tile, processors: int) -> tuple[int, int, int]:
+def padded_rows(rows: int) -> int:
+    """Rows of a tile: a power of two, for the tensor cores."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+def stages(rows: int, tile: Tile, x: Tensor) -> int:
+    """How many steps along K lie in the shared memory at once, at most 8: what keeps the memory busy is in flight."""
+    room = _shared_memory(x.device) // tile.programs - 1024  # the driver keeps a kilobyte of each program's part
+    return min(8, room // ((tile.outputs + padded_rows(rows)) * tile.inputs * x.element_size()))
+
+
+def shares(outputs: int, inputs: int, tile: Tile, processors: int) -> tuple[int, int, int]:
     """Tiles done whole, in how many parts each of the others is, and the columns of a part."""
     tiles, slots = triton.cdiv(outputs, tile.outputs), processors * tile.programs
     rest = tiles % slots  # beside as many as fill the device, which are best left whole
