@@ -207,7 +207,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: 
     whole, splits, share = shares(outputs, inputs, tile, _processors(x.device))
     parts = (triton.cdiv(outputs, tile.outputs) - whole) * splits
     out = x.new_empty(*x.shape[:-1], outputs)
-    partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32) if parts else out
+    partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32)
     with _on(x):
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
         _linear_rows[(whole + parts,)](
@@ -250,12 +250,11 @@ def _linear_rows(
 ):  # fmt: skip
     program = tl.program_id(0)
     tile, part, begin, end = program, 0, 0, inputs
-    if SPLITS > 1:
-        if program >= whole:
-            tile = whole + (program - whole) // SPLITS
-            part = (program - whole) % SPLITS
-            begin = part * share
-            end = tl.minimum(begin + share, inputs)
+    if program >= whole:
+        tile = whole + (program - whole) // SPLITS
+        part = (program - whole) % SPLITS
+        begin = part * share
+        end = tl.minimum(begin + share, inputs)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     at = tl.arange(0, BLOCK_K)
@@ -271,9 +270,7 @@ def _linear_rows(
             w = tl.load(lines + k, mask=inside[None, :], other=0)
             v = tl.load(states + k, mask=inside[:, None], other=0)
         total = tl.dot(w, v, acc=total, input_precision="ieee")
-    if SPLITS == 1:
-        _store_product(total, bias, out, m, n, rows, outputs, BIAS)
-    elif program < whole:
+    if program < whole:
         _store_product(total, bias, out, m, n, rows, outputs, BIAS)
     else:
         size: tl.constexpr = BLOCK_M * BLOCK_N
@@ -461,8 +458,9 @@ def _processors(device: torch.device) -> int:
 
 @cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of a processor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 1 << 17
+    if device.type != "cuda":
+        return 228 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
