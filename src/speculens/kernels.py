@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -189,12 +190,13 @@ class Tile(NamedTuple):
     programs: int  # that share a processor; each has as many columns in flight as fit its part of the shared memory
 
 
-MOST_ROWS = 64  # of `linear_rows`: accumulators for more would spill
 TILE = Tile(128, 64, 8, 2)
+STREAMS = 64  # that can count arrivals at the same time
+_streams = count()
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile = TILE) -> Tensor:
-    """`F.linear` of 2 to `MOST_ROWS` rows (..., K): streams the weight (N, K) once, all rows against each piece of it.
+    """`F.linear` of 2 to 64 rows (..., K): streams the weight (N, K) once, all rows against each piece of it.
 
     Weight and rows change places, so that the weight fills the long side of the tensor cores. Programs that would run
     alone at the end, or leave processors idle from the start, are split along K: each part leaves its sums, and who
@@ -296,7 +298,18 @@ def _store_product(total, bias, out, m, n, rows, outputs, BIAS: tl.constexpr):
 @cache
 def _arrivals(device: torch.device, stream: int) -> Tensor:  # noqa: ARG001 - each stream has its own
     """Zeros, one for each tile in parts: there are fewer of those than programs fit the device."""
-    return torch.zeros(32 * _processors(device), dtype=torch.int32, device=device)
+    return _all_arrivals(device)[next(_streams) % STREAMS]
+
+
+@cache
+def _all_arrivals(device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Recorded, the zeros would be written when this graph is replayed, and another one may come first.
+        raise RuntimeError("the first product of few rows on a device cannot be recorded: run it once before")
+    zeros = torch.zeros(STREAMS, 32 * _processors(device), dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # whichever stream counts first finds them written
+    return zeros
 
 
 def attend(
