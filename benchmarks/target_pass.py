@@ -1,6 +1,7 @@
 r"""What a target pass costs, and what its parts cost: kernels checked, then timed beside what they replace.
 
     python -m benchmarks.target_pass --out target_pass.json   (a GPU, about two minutes)
+    python -m benchmarks.target_pass --products               (a GPU, 90 seconds: products of few rows by tile)
     python -m benchmarks.target_pass --tiny                   (any machine: runs every line, says nothing of speed)
 
 A pass over one node reads all weights once; that time is the floor, printed beside each figure. Everything is timed as
@@ -17,6 +18,8 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,23 @@ PREFIX, BUCKET, NODES = 1200, 1280, 60
 START = time.perf_counter()
 FIGURES: dict[str, Any] = {}
 TINY = {"tiny": Shape(2, 64, 4, 2, 96, 320, bias=True)}
+ROW_COUNTS = (10, 16, 32, NODES)
+ROW_TILES = [  # outputs, inputs, warps, programs a processor: see `kernels.Tile`
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 128, 4, 2),
+    (64, 256, 4, 1),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 1),
+    (128, 128, 4, 1),
+    (128, 128, 8, 1),
+    (128, 128, 8, 2),
+    (256, 64, 8, 1),
+    (256, 64, 8, 2),
+    (256, 128, 8, 1),
+]
 TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
 
 
@@ -48,19 +68,24 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
+    parser.add_argument("--products", action="store_true", help="only the products of few rows, by tile")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
     repeats = 2 if given.tiny else given.repeats
     FIGURES["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
     FIGURES["torch"] = torch.__version__
-    part("correct", check_kernels)
-    part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
-    for name, shape in (TINY if given.tiny else SEVEN_B).items():
-        part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+    shapes = TINY if given.tiny else SEVEN_B
+    if given.products:
+        part("products_of_few_rows", lambda: time_few_rows(shapes, repeats))
+    else:
+        part("correct", check_kernels)
+        part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
+        for name, shape in shapes.items():
+            part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
     FIGURES["seconds"] = round(time.perf_counter() - START, 1)
     line = json.dumps(FIGURES)
     if given.out:
@@ -173,6 +198,10 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
             for tile in TILES:
                 got = kernels.linear_row(row, weight, bias, block_n=tile[0], block_k=tile[1], num_warps=tile[2])
                 compare(f"linear_row {outputs}x{inputs} {tile}", got, want)
+            for rows in (2, 16, 33, 64):
+                states = randn(1, rows, inputs)
+                want = F.linear(states.double(), weight.double(), bias.double())
+                compare(f"linear_rows {outputs}x{inputs} N={rows}", kernels.linear_rows(states, weight, bias), want)
     return errors
 
 
@@ -391,6 +420,152 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
         ops.kernels_for = chosen
     say(f"{name}: N={nodes} " + ", ".join(f"{what} {us:.1f} us" for what, us in found.items()))
     return found
+
+
+# Products of few rows
+
+
+def time_few_rows(shapes: dict[str, Shape], repeats: int) -> dict[str, Any]:
+    """The library's products against `linear_rows` by tile, microseconds of each, and milliseconds of all in a pass."""
+    from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
+
+    tiles = [kernels.Tile(*sizes) for sizes in ROW_TILES]
+    products = {name: _products_of(shape) for name, shape in shapes.items()}
+    broken = _compile_tiles([size for own in products.values() for size in own.values()], tiles)
+    say(f"compiled; {len(broken)} failed")
+    lines, passes = [], {}
+    for name, shape in shapes.items():
+        own = [
+            {"model": name, "what": what} | line
+            for what, (outputs, inputs) in products[name].items()
+            for line in _few_rows(outputs, inputs, tiles, broken, max(2, repeats // 2))
+        ]
+        lines += own
+        passes[name] = {rows: _pass_by_tile(own, shape, rows) for rows in ROW_COUNTS}
+        for rows, spent in passes[name].items():
+            say(f"{name}: all products of a pass over {rows} rows, ms: {json.dumps(spent)}")
+    return {"lines": lines, "pass_ms": passes, "failed": sorted(set(broken.values()))}
+
+
+def _products_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of a decoder's products, and of those that a drafter of its width has beside."""
+    dim = shape.hidden // shape.heads
+    found = {
+        "qkv": ((shape.heads + 2 * shape.kv_heads) * dim, shape.hidden),
+        "output": (shape.hidden, shape.heads * dim),
+        "gate_up": (2 * shape.mlp, shape.hidden),
+        "down": (shape.hidden, shape.mlp),
+        "head": (shape.vocabulary, shape.hidden),
+        "drafter's fusion": (shape.hidden, 2 * shape.hidden),
+    }
+    if shape.vocabulary > 32768:
+        found["drafter's head"] = (32768, shape.hidden)
+    return found
+
+
+def _variant(rows: int, outputs: int, inputs: int, tile: Any) -> tuple[Any, ...]:
+    """What Triton compiles anew for."""
+    from speculens import kernels  # noqa: PLC0415
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if CUDA else 4
+    parts = kernels.shares(outputs, inputs, tile, processors)[1]
+    return kernels.padded_rows(rows), parts, inputs % tile.inputs == 0, tile
+
+
+def _worthwhile(rows: int, tile: Any) -> bool:
+    """Whether something is in flight while a step along K is worked on."""
+    from speculens import kernels  # noqa: PLC0415
+
+    return kernels.stages(rows, tile, torch.empty(0, device=DEVICE, dtype=DTYPE)) >= 3
+
+
+def _compile_tiles(sizes: list[tuple[int, int]], tiles: list[Any]) -> dict[tuple[Any, ...], str]:
+    """Fill Triton's cache on disk in processes of their own; the variants that failed, and why."""
+    jobs = {
+        _variant(rows, *size, tile): (rows, *size, tile)
+        for tile in tiles
+        for size in sizes
+        for rows in ROW_COUNTS
+        if _worthwhile(rows, tile)
+    }
+    say(f"{len(jobs)} variants to compile")
+    with ProcessPoolExecutor(14 if CUDA else 1, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        errors = pool.map(_run_tile, jobs.values())
+        return {variant: f"{variant}: {error}" for variant, error in zip(jobs, errors, strict=True) if error}
+
+
+def _run_tile(job: tuple[int, int, int, Any]) -> str | None:
+    """Compile and launch once; why that failed."""
+    from speculens import kernels  # noqa: PLC0415
+
+    rows, outputs, inputs, tile = job
+    try:
+        x, weight = (torch.zeros(lines, inputs, device=DEVICE, dtype=DTYPE) for lines in (rows, outputs))
+        kernels.linear_rows(x, weight, tile=tile)
+        if CUDA:
+            torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - not every error of a compiler can be sent to another process
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def _few_rows(
+    outputs: int, inputs: int, tiles: list[Any], broken: dict[tuple[Any, ...], str], repeats: int
+) -> list[dict[str, Any]]:
+    """One product; as many copies of its weight in turn as no cache holds."""
+    from speculens import kernels  # noqa: PLC0415
+
+    copies = -(-400_000_000 // (outputs * inputs * 2)) if CUDA else 1
+    weights = torch.randn(copies, outputs, inputs, device=DEVICE, dtype=DTYPE).mul_(inputs**-0.5)
+    exact = weights[0].double()
+    lines = []
+    for rows in ROW_COUNTS:
+        x = torch.randn(1, rows, inputs, device=DEVICE, dtype=DTYPE)
+        want = x.double() @ exact.T
+
+        def spent(product: Callable[..., Tensor], x: Tensor = x) -> float:
+            return round(1e3 * clock(lambda: [product(x, weight) for weight in weights], repeats) / copies, 2)
+
+        line: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "rows": rows, "cublas_us": spent(F.linear)}
+        line["tiles_us"], line["wrong"] = {}, {}
+        for tile in tiles:
+            label = "x".join(map(str, tile))
+            if not _worthwhile(rows, tile) or _variant(rows, outputs, inputs, tile) in broken:
+                continue
+            product = partial(kernels.linear_rows, tile=tile)
+            try:
+                got = product(x, weights[0]).clone()
+                gap = float((got.double() - want).abs().max() / want.abs().max())
+                if not gap < 2e-2:
+                    line["wrong"][label] = gap
+                line["tiles_us"][label] = spent(product)
+                if not got.equal(product(x, weights[0])):
+                    line["wrong"][label] = f"{gap:.1e}, and not the same again"
+            except Exception as error:  # noqa: BLE001 - the other tiles still count
+                line["wrong"][label] = str(error)[:200]
+        lines.append(line)
+        gigabytes = outputs * inputs * weights.element_size() / 1e3
+        best = sorted(line["tiles_us"].items(), key=lambda pair: pair[1])[:3]
+        say(
+            f"{outputs:6d} x {inputs:5d}, {rows:2d} rows: cuBLAS {line['cublas_us']:6.1f} us "
+            f"({gigabytes / line['cublas_us']:4.0f} GB/s), ours "
+            + ", ".join(f"{label} {us:6.1f} ({gigabytes / us:4.0f})" for label, us in best)
+            + (f"  <-- WRONG {line['wrong']}" if line["wrong"] else "")
+        )
+    return lines
+
+
+def _pass_by_tile(lines: list[dict[str, Any]], shape: Shape, rows: int) -> dict[str, float]:
+    """Milliseconds of a decoder's products in a pass: by cuBLAS, each tile that can do all, and the best for each."""
+    times = {"cuBLAS": 0.0, "best of each": 0.0}
+    own = [line for line in lines if line["rows"] == rows and "drafter" not in line["what"]]
+    for line in own:
+        many = 1 if line["what"] == "head" else shape.layers
+        for tile, us in {"cuBLAS": line["cublas_us"]}.items() | line["tiles_us"].items():
+            times[tile] = times.get(tile, 0) + many * us / 1e3
+        times["best of each"] += many * min([line["cublas_us"], *line["tiles_us"].values()]) / 1e3
+    complete = {tile for tile in times if all(tile in line["tiles_us"] for line in own)} | {"cuBLAS", "best of each"}
+    return {tile: round(ms, 3) for tile, ms in sorted(times.items(), key=lambda pair: pair[1]) if tile in complete}
 
 
 if __name__ == "__main__":

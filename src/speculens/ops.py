@@ -76,12 +76,20 @@ def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+STREAMED_ROWS = 1
+"""Up to how many rows (at most 64) `linear` takes our kernels.
+
+On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row. For more, `benchmarks/target_pass.py --products`
+decides: this is 1 until it has.
+"""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
-    # On an H200, cuBLAS took 1.02 to 1.35 times as long as our kernel for a single row; for more there is no kernel.
-    one_row = x.numel() == x.shape[-1] and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
-    if one_row and (kernels := kernels_for(x)):
-        return kernels.linear_row(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    streamed = 1 <= rows <= STREAMED_ROWS and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
+    if streamed and (kernels := kernels_for(x)):
+        return kernels.linear_row(x, weight, bias) if rows == 1 else kernels.linear_rows(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
