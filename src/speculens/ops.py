@@ -137,11 +137,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
-    """The kernels, where they run on x: on a GPU with Triton, for the dtypes that models have there."""
-    if not x.is_cuda or x.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+def kernels_for(x: Tensor, file: str = "speculens.kernels") -> ModuleType | None:
+    """The kernels of a file, where they run on x: on a GPU with Triton, but not for float64, which models have not."""
+    if not x.is_cuda or x.dtype == torch.float64 or _kernels(x.device) is None:
         return None
-    return _kernels(x.device)
+    return importlib.import_module(file)
 
 
 @cache
