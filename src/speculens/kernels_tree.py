@@ -22,12 +22,11 @@ LOWEST = tl.constexpr(-(2**63))  # the key of what is not there
 LAST = tl.constexpr(2**31 - 1)
 
 
-def likeliest(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor, count: int, ids: Tensor | None, *, block: int = 2048) -> tuple[Tensor, Tensor]:
     """`grow.likeliest`: one program for each row and block of columns, then one a row that merges them."""
     size = logits.shape[-1]
     rows = logits.reshape(-1, size)
-    block, lanes = 2048, triton.next_power_of_2(count)
-    blocks = triton.cdiv(size, block)
+    blocks, lanes = triton.cdiv(size, block), triton.next_power_of_2(count)
     found = triton.next_power_of_2(blocks * count)
     keys = rows.new_empty(len(rows), blocks, count, dtype=torch.int64)
     tops, masses = rows.new_empty(2, len(rows), blocks, dtype=torch.float32)
@@ -310,12 +309,12 @@ def _key(value, index):
     """An integer that sorts as float32 values do: the lower index first among equals, no number above all numbers."""
     order = _sortable(value.to(tl.int32, bitcast=True))
     order = tl.where(value == value, order, LAST)  # noqa: PLR0124 - only what is no number differs from itself
-    return (order.to(tl.int64) << 32) | (LAST - index).to(tl.int64)
+    return (order.to(tl.int64) << 32) | (index ^ LAST).to(tl.int64)
 
 
 @triton.jit
 def _index(key):
-    return LAST - (key & LAST).to(tl.int32)
+    return (key & LAST).to(tl.int32) ^ LAST
 
 
 @triton.jit
