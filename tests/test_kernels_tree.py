@@ -45,6 +45,10 @@ def parts(tree: DraftTree) -> dict[str, list]:
     return {name: getattr(tree, name).tolist() for name in ("tokens", "parents", "depth", "ancestors")}
 
 
+def test_all_of_them_can_be_tried_out():
+    kernels_tree.try_out(torch.device(DEVICE))
+
+
 # The likeliest tokens
 
 
@@ -53,9 +57,9 @@ def parts(tree: DraftTree) -> dict[str, list]:
     ("shape", "count", "block"),
     [
         ((1, 1, 100), 3, 32),  # several blocks, the last one part full
-        ((3, 2, 40), 10, 16),
+        ((3, 1, 20), 10, 16),
         ((2, 1, 7), 7, 2048),  # all of a vocabulary smaller than a block
-        ((1, 2, 33), 5, 4),  # more is asked than a block has
+        ((1, 1, 18), 5, 4),  # more is asked than a block has
         ((1, 1, 9), 1, 8),
     ],
 )
@@ -68,7 +72,7 @@ def test_likeliest(dtype, shape, count, block):
 
 
 def test_rows_of_logits_need_not_be_neighbours():
-    logits = torch.randn(2, 3, 40, device=DEVICE)[..., :33]
+    logits = torch.randn(2, 2, 40, device=DEVICE)[..., :20]
     torch.testing.assert_close(kernels_tree.likeliest(logits, 4, None, block=16), likeliest(logits, 4))
 
 
@@ -87,7 +91,7 @@ def test_whatever_the_logits_are_siblings_are_different_tokens_of_the_vocabulary
     logits = torch.tensor(values, device=DEVICE).repeat(VOCAB)[:VOCAB].view(1, 1, VOCAB)
     _, tokens = kernels_tree.likeliest(logits, 6, None, block=8)
     chosen = tokens.flatten().tolist()
-    assert len(set(chosen)) == 6 and 0 <= min(chosen) and max(chosen) < VOCAB
+    assert len(set(chosen)) == 6 and min(chosen) >= 0 and max(chosen) < VOCAB
 
 
 def test_what_cannot_be_comes_last():
@@ -151,7 +155,7 @@ def test_growth_of_a_drafter_that_overflows(monkeypatch, odd):
         gains = torch.tensor(odd, device=DEVICE).repeat(rows * count)[: rows * count]
         return gains.view(*hidden.shape[:2], count), torch.arange(count, device=DEVICE).expand(*hidden.shape[:2], -1)
 
-    def expand(tokens, *_):
+    def expand(tokens, _parents, _level, _lineage):
         return torch.zeros(*tokens.shape, 2, device=DEVICE)
 
     use(monkeypatch, kernels_tree)
@@ -184,7 +188,7 @@ def test_the_best_of_what_was_created(batch, total, nodes):
 # Following
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trees_and_wants())
 def test_follow(tree_and_want):
     tree, want = tree_and_want
@@ -193,7 +197,7 @@ def test_follow(tree_and_want):
     path, counts = (part.cpu() for part in kernels_tree.follow(*(part.to(DEVICE) for part in given), length))
     wanted_path, wanted_counts = tree.follow(want)
     assert path.shape == wanted_path.shape and counts.equal(wanted_counts)
-    assert 0 <= int(path.min()) and int(path.max()) < tree.size
+    assert int(path.min()) >= 0 and int(path.max()) < tree.size
     for mine, theirs, count in zip(path, wanted_path, counts, strict=True):
         assert mine[:count].equal(theirs[:count])
 

@@ -22,6 +22,16 @@ LOWEST = tl.constexpr(-(2**63))  # the key of what is not there
 LAST = tl.constexpr(2**31 - 1)
 
 
+def try_out(device: torch.device) -> None:
+    """Compile and run each kernel: a root with two children, of which one is kept and the other wanted."""
+    scores, tokens = likeliest(torch.zeros(1, 1, 2, device=device), 2, None)
+    zeros, reach = tokens.new_zeros(1, 3), scores.new_zeros(1, 3)
+    created = zeros.clone(), reach, zeros.clone(), zeros.clone()
+    none = torch.zeros(1, 1, 0, dtype=torch.bool, device=device)
+    extend(created, scores[..., 0], zeros[:, :1], none, scores, scores, tokens, 1, 1)
+    follow(*best(*created, 2, 1), zeros[:, :2], 2)
+
+
 def likeliest(logits: Tensor, count: int, ids: Tensor | None, *, block: int = 2048) -> tuple[Tensor, Tensor]:
     """`grow.likeliest`: one program for each row and block of columns, then one a row that merges them."""
     size = logits.shape[-1]
@@ -106,7 +116,7 @@ def extend(
     next_lineage = lineage.new_empty(batch, count, columns + count)
     next_hidden = hidden.new_empty(batch, count, size)
     lanes, children = triton.next_power_of_2(count), triton.next_power_of_2(beam * count)
-    share = min(4096 // lanes, 512, triton.next_power_of_2(size))
+    share = min(2048 // lanes, triton.next_power_of_2(size))
     with _on(gains):
         _extend[(batch, triton.cdiv(size, share))](
             *created, scores, nodes, lineage.contiguous().view(torch.uint8), hidden,

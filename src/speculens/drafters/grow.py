@@ -113,8 +113,9 @@ def extend(
         )
     reach, children = (beam.scores[..., None] + gains).flatten(1), drafted.flatten(1)
     parents = beam.nodes.repeat_interleave(count, 1)
-    for room, entries in zip(created, (children, reach, parents, depth), strict=True):
-        room[:, first : first + reach.shape[1]] = entries
+    new = slice(first, first + reach.shape[1])
+    created.tokens[:, new], created.scores[:, new] = children, reach
+    created.parents[:, new], created.depth[:, new] = parents, depth
     # Stable, so that creation order decides among equals, here as at the end.
     scores, order = (part[:, :count] for part in reach.sort(dim=1, descending=True, stable=True))
     parent = (order // count)[..., None]
@@ -137,7 +138,8 @@ def best(created: Created, shape: TreeShape) -> DraftTree:
     """
     tokens, scores, parents, depth = created
     if tokens.shape[1] <= MOST_CREATED and (kernels := kernels_for(scores, KERNELS)):
-        return DraftTree(*kernels.best(tokens, scores, parents, depth, shape.nodes, shape.levels), shape.levels)
+        tokens, parents, depth, live, ancestors = kernels.best(*created, shape.nodes, shape.levels)
+        return DraftTree(tokens, parents, depth, live, ancestors, shape.levels)
     scores = scores.masked_fill(~(scores <= 0), -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes]
     kept = order.sort(dim=1).values
