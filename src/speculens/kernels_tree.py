@@ -196,7 +196,7 @@ def best(
     return kept_tokens, kept_parents, kept_depth, live, ancestors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "total", "nodes", "levels"])  # one build for trees of many sizes
 def _best(
     tokens, scores, parents, depth, place, kept_tokens, kept_parents, kept_depth, live, ancestors,
     stride, total, nodes, levels, SPAN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -259,7 +259,7 @@ def follow(
     return path, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "length"])
 def _follow(
     tokens, parents, depth, live, ancestors, want, path, counts, nodes, length,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
