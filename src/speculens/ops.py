@@ -28,7 +28,7 @@ Gains = tuple[Tensor, Tensor, float]
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """What the host made, on a device. The host goes on at once: only page-locked memory is read while it does."""
     if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
