@@ -1,4 +1,4 @@
-r"""What a target pass costs, and what its parts cost: kernels checked, then timed beside what they replace.
+r"""What a target pass and growing a tree cost, and their parts: kernels checked, then timed beside what they replace.
 
     python -m benchmarks.target_pass --out target_pass.json   (a GPU, about two minutes)
     python -m benchmarks.target_pass --products               (a GPU, 90 seconds: products of few rows by tile)
@@ -17,8 +17,9 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from benchmarks.shapes import SEVEN_B, Shape
 from speculens import ops
+from speculens import tree as tree_file
 from speculens.attention import TreeMask, folded_attention, tree_attention
 from speculens.cache import SlotCache, cache_arguments
+from speculens.drafters import grow as grow_file
+from speculens.drafters.grow import Beam, Created, best, extend, grow, likeliest
 from speculens.targets.attention import NAME
 from speculens.targets.fused import FusedDecoder
-from speculens.tree import DraftTree
+from speculens.tree import DraftTree, TreeShape
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -60,6 +64,7 @@ ROW_TILES = [  # outputs, inputs, warps, programs a processor: see `kernels.Tile
     (256, 64, 8, 2),
     (256, 128, 8, 1),
 ]
+VOCABULARIES = (32064, 32768, 152064)
 TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
 
 
@@ -80,6 +85,7 @@ def main() -> None:
         part("products_of_few_rows", lambda: time_few_rows(shapes, repeats))
     else:
         part("correct", check_kernels)
+        part("drafting", lambda: time_drafting(repeats, *(((320,), 64) if given.tiny else (VOCABULARIES, 3584))))
         part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
         for name, shape in shapes.items():
             part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
@@ -133,6 +139,20 @@ def clock(run: Callable[[], Any], repeats: int, inner: int = 1) -> float:
         after.record()
     torch.cuda.synchronize()
     return statistics.median(before.elapsed_time(after) for before, after in events) / inner
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """No kernels of ours in here, attention apart."""
+    files = ops, grow_file, tree_file
+    chosen = [file.kernels_for for file in files]
+    try:
+        for file in files:
+            file.kernels_for = lambda *_: None
+        yield
+    finally:
+        for file, own in zip(files, chosen, strict=True):
+            file.kernels_for = own
 
 
 # Correctness
@@ -189,6 +209,7 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
             outs.append(ops.rotate_into(cache, 0, states, *turn, cache.lengths, norms))
         for what, got, want in zip(("queries", "keys", "values"), *outs, strict=True):
             compare(f"rotate_into {what} {'with' if gains else 'without'} norms", got, want)
+    _check_drafting(compare, generator)
     if CUDA:
         from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
 
@@ -215,6 +236,80 @@ def _cache(
     cache.extents[:] = lengths
     cache.aim(range(slots), n)
     return cache
+
+
+def _check_drafting(compare: Callable[[str, Tensor, Tensor], None], generator: torch.Generator) -> None:
+    for size, count, dtype in ((152064, 10, DTYPE), (32064, 16, DTYPE), (1000, 32, torch.float32), (40, 1, DTYPE)):
+        logits = torch.randn(2, 5, size, generator=generator).to(DEVICE, dtype)
+        scores, tokens = likeliest(logits, count)
+        with plain_torch():
+            want, theirs = likeliest(logits, count)
+        compare(f"likeliest {size} scores", scores, want)
+        # Several logits may be equal, so that other tokens are as good, but none may come twice.
+        compare(f"likeliest {size} logits", logits.gather(-1, tokens), logits.gather(-1, theirs))
+        distinct = torch.tensor([len(row.unique()) for row in tokens.flatten(0, 1)])
+        compare(f"likeliest {size} distinct tokens", distinct, torch.full_like(distinct, count))
+    for shape in (TreeShape(), TreeShape(2, 4, 20), TreeShape(6, 12, 250), TreeShape(0, 1, 2), TreeShape(9, 1, 60)):
+        head, embed = (torch.randn(64, 500, generator=generator).to(DEVICE) for _ in "he")
+        hidden, roots = torch.randn(3, 64, generator=generator).to(DEVICE), torch.arange(3, device=DEVICE)
+
+        def propose(hidden: Tensor, count: int, head: Tensor = head) -> tuple[Tensor, Tensor]:
+            return (hidden @ head).log_softmax(-1).topk(count)
+
+        def expand(tokens: Tensor, above: Tensor, _: int, lineage: Tensor, embed: Tensor = embed) -> Tensor:
+            return (embed.T[tokens] + above + lineage.sum(2, keepdim=True)).sin()
+
+        tree = grow(roots, hidden, propose, expand, shape)
+        want = torch.zeros_like(tree.tokens).scatter_(1, tree.parents, tree.tokens)  # some child of each node
+        path, counts = tree.follow(want)
+        with plain_torch():
+            same = grow(roots, hidden, propose, expand, shape)
+            their_path, their_counts = same.follow(want)
+        compare(f"follow {shape.levels} levels: counts", counts, their_counts)
+        beyond = torch.arange(path.shape[1], device=DEVICE) >= counts[:, None]
+        compare(f"follow {shape.levels} levels: path", *(1 + p.masked_fill(beyond, 0) for p in (path, their_path)))
+        for what in ("tokens", "parents", "depth", "live", "ancestors"):
+            compare(f"grow {shape.levels} levels: {what}", 1 + getattr(tree, what), 1 + getattr(same, what))
+
+
+# Growing a tree
+
+
+def time_drafting(repeats: int, vocabularies: tuple[int, ...], size: int) -> dict[str, Any]:
+    """The default tree's growth step by step, without the drafter's layer, and following it: microseconds each.
+
+    size  of the hidden rows
+    """
+    shape = TreeShape()
+    width = shape.topk
+    roots = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    hidden = torch.randn(1, width, size, device=DEVICE, dtype=DTYPE)
+    runs: dict[str, Callable[[], Any]] = {}
+    for vocabulary in vocabularies:
+        logits = torch.randn(1, width, vocabulary, device=DEVICE, dtype=DTYPE)
+        for rows in (1, width):
+            runs[f"likeliest of {rows} x {vocabulary}"] = lambda x=logits[:, :rows]: likeliest(x, width)
+
+        def propose(above: Tensor, count: int, logits: Tensor = logits) -> tuple[Tensor, Tensor]:
+            return likeliest(logits[:, : above.shape[1]], count)
+
+        runs[f"all of grow, {vocabulary}"] = lambda propose=propose: grow(
+            roots, hidden[:, 0], propose, lambda _tokens, above, *_: above, shape
+        )
+    created, (gains, drafted) = Created.under(roots, shape.candidates), likeliest(logits, width)
+    own = torch.eye(width, dtype=torch.bool, device=DEVICE)[None]
+    beam = Beam(gains[:, 0], drafted[:, 0], drafted[:, 0], own, hidden)
+    runs["extend"] = lambda: extend(created, beam, hidden, gains, drafted, 1 + width, 2)
+    runs["best"] = lambda: best(created, shape)
+    tree = _tree(NODES, 300)
+    runs["follow"] = lambda: tree.follow(tree.tokens)
+    found = {}
+    for what, run in runs.items():
+        found[what] = 1e3 * clock(run, repeats, 20)
+        with plain_torch():
+            found[f"{what}, plain torch"] = 1e3 * clock(run, max(10, repeats // 3), 5)
+        say(f"drafting: {what} {found[what]:.1f} us, in plain torch {found[f'{what}, plain torch']:.1f} us")
+    return found
 
 
 # Attention alone
@@ -411,13 +506,9 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
     }
     found = {what: 1e3 * clock(run, repeats, 20) for what, run in runs.items()}
     found["rotary_emb once a pass"] = 1e3 * clock(lambda: decoder.rotary_emb(stream, PREFIX + tree.depth), repeats, 5)
-    chosen = ops.kernels_for
-    try:
-        ops.kernels_for = lambda _: None
+    with plain_torch():
         for what in ("add_norm", "rotate_into", "swiglu"):
             found[f"{what} in plain torch"] = 1e3 * clock(runs[what], repeats, 20)
-    finally:
-        ops.kernels_for = chosen
     say(f"{name}: N={nodes} " + ", ".join(f"{what} {us:.1f} us" for what, us in found.items()))
     return found
 

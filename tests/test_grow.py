@@ -66,7 +66,8 @@ def slow_tree(toy, root, shape):
     for _ in range(shape.num_steps):
         level = [child for line, score in beam for child in children(line, score)]
         created += level
-        best = torch.stack([score for _, score in level]).topk(shape.topk).indices
+        level_scores = torch.stack([score for _, score in level])
+        best = level_scores.sort(descending=True, stable=True).indices[: shape.topk]
         beam = [level[i] for i in best]
     ranked = sorted(created, key=lambda node: -float(node[1]))  # stable: creation order among equals
     return {line for line, _ in ranked[: shape.num_draft_tokens - 1]}

@@ -21,6 +21,11 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 
 
+def try_out(device: torch.device) -> None:
+    """Compile and run a small kernel."""
+    swiglu(torch.zeros(1, 2, device=device))
+
+
 def add_norm(stream: Tensor, update: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`ops.add_norm`: one program a row."""
     size = stream.shape[-1]

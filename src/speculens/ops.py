@@ -153,19 +153,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
-    """The kernels, where they run on x: on a GPU with Triton, for the dtypes that models have there."""
-    if not x.is_cuda or x.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+def kernels_for(x: Tensor, file: str = "speculens.kernels") -> ModuleType | None:
+    """The kernels of a file, where they run on x: on a GPU with Triton, but not for float64, which models have not."""
+    if not x.is_cuda or x.dtype == torch.float64:
         return None
-    return _kernels(x.device)
+    return _kernels(x.device, file)
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device, file: str) -> ModuleType | None:
     try:
-        kernels = importlib.import_module("speculens.kernels")
-        kernels.swiglu(torch.zeros(1, 2, device=device))  # compilers and drivers fail here or not at all
+        kernels = importlib.import_module(file)
+        kernels.try_out(device)  # compilers and drivers fail here or not at all
     except Exception as error:  # noqa: BLE001 - whatever it is, plain torch does the same
-        log.warning("No Triton kernels on %s, plain torch instead: %s", device, first_line(error))
+        log.warning("No Triton kernels of %s on %s, plain torch instead: %s", file, device, first_line(error))
         return None
     return kernels

@@ -110,8 +110,7 @@ class HeadSession:
         self.cache.free(row)
 
     def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores, tokens = likeliest(self.target.logits(hidden, self._head), count)
-        return scores, tokens if self._ids is None else self._ids[tokens]
+        return likeliest(self.target.logits(hidden, self._head), count, self._ids)
 
     def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
         """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
