@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
-from speculens.attention import TreeMask
+from speculens.attention import TreeMask, causal_attention
 from speculens.drafters.config import DrafterConfig
-from speculens.drafters.layer import DecoderLayer, causal_attention
+from speculens.drafters.layer import DecoderLayer
 from speculens.targets import Target
 from speculens.targets.fused import FusedDecoder, fuse
 from speculens.tree import DraftTree

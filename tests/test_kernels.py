@@ -94,10 +94,10 @@ def test_rotation_into_the_cache(dim, gains):
             cache.admit()
         cache.lengths += torch.tensor([4, 11], device=DEVICE)
         cache.settle([4, 11])
-        cache.aim(range(2), nodes)
+        cache.aim(range(2), nodes, start=3)
         caches.append(cache)
-    want, *_ = ops.rotate_into(caches[0], 1, joined, cos, sin, caches[0].lengths, norms)
-    got = kernels.rotate_into(joined.clone(), cos, sin, *caches[1].views(1), caches[1].lengths, norms)
+    want, *_ = ops.rotate_into(caches[0], 1, joined, cos, sin, norms)
+    got = kernels.rotate_into(joined.clone(), cos, sin, *caches[1].views(1), caches[1].lengths, 3, norms)
     torch.testing.assert_close(got, want)
     for mine, theirs in zip(caches[1].views(1), caches[0].views(1), strict=True):
         torch.testing.assert_close(mine, theirs)
