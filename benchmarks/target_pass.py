@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,8 @@ def time_decoder(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
 
         def ours(tree: DraftTree = tree, cache: SlotCache = cache) -> Tensor:
             mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
-            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, mask)
+            attend = partial(tree_attention, mask=mask)
+            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, attend)
 
         for way, run in (("hf", theirs), ("fused", ours)):
             hidden[way, nodes] = run().clone()
