@@ -160,7 +160,7 @@ class SlotCache:
         for device, block in self._blocks.items():
             # The right-hand side is gathered before anything is written, so overlapping moves are safe.
             block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
-        self.lengths[:batch] += counts
+        self.lengths[:batch].add_(counts)
 
     def commit(self, counts: Tensor | int) -> None:
         """Commit the first `counts` (B,) of the columns just written to the aimed rows."""

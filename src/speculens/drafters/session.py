@@ -19,7 +19,7 @@ from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.fused_layer import Attend, FusedLayer
-from speculens.tree import DraftTree, TreeShape
+from speculens.tree import DraftTree, TreeShape, take_last
 
 
 class Head(Protocol):
@@ -110,10 +110,8 @@ class HeadSession:
         self._horizon = horizon
         output = self._extend(self._rows(tokens, hidden, positions), self._turns[:, positions], before)
         self.cache.commit(counts)
-        newest = self._hidden[:batch, None]
-        choices = torch.cat([newest, output], 1)  # the first stands for a count of 0: nothing changes
-        torch.gather(choices, 1, counts[:, None, None].expand_as(newest), out=newest)
-        self._position[:batch] += counts
+        take_last(self._hidden[:batch], output, counts)
+        self._position[:batch].add_(counts)
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None:
         """The host's side of the cache follows."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
 # transformers hands out the bounds of segments only to attention whose name holds "flash".
@@ -36,16 +37,27 @@ def segmented_attention(
 
     cu_seq_lens_q  (S + 1,) bounds of the segments
     """
-    starts: dict[int, list[int]] = {}  # by length
-    for start, end in pairwise(cu_seq_lens_q.tolist()):  # one host read, not one for each length
-        starts.setdefault(end - start, []).append(start)
     mixed = torch.empty_like(query[0])
-    for length, found in starts.items():
-        rows = torch.tensor(found, device=query.device)[:, None] + torch.arange(length, device=query.device)
+    for rows in _segments(cu_seq_lens_q):
         q, k, v = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))  # (segments, heads, length, D)
         mixed[:, rows] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
     return mixed.transpose(0, 1)[None], None
 
+
+def _segments(bounds: Tensor) -> list[Tensor]:
+    """Rows of the segments of each length, (segments, length). Read once for all layers, which get the same tensor."""
+    if bounds not in _known:
+        starts: dict[int, list[int]] = {}  # by length
+        for start, end in pairwise(bounds.tolist()):
+            starts.setdefault(end - start, []).append(start)
+        _known[bounds] = [
+            torch.tensor(found, device=bounds.device)[:, None] + torch.arange(length, device=bounds.device)
+            for length, found in starts.items()
+        ]
+    return _known[bounds]
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the tensors of a tower's pass
 
 AttentionInterface.register(NAME, segmented_attention)
 
