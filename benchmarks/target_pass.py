@@ -206,7 +206,7 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
         for states, norms in ((joined.clone(), gains), (joined.double(), wide)):
             cache = _cache(2, 64, 2, 128, 1, states.dtype, [7, 30], 5)
             turn = cos.to(states.dtype), sin.to(states.dtype)
-            outs.append(ops.rotate_into(cache, 0, states, *turn, cache.lengths, norms))
+            outs.append(ops.rotate_into(cache, 0, states, *turn, norms))
         for what, got, want in zip(("queries", "keys", "values"), *outs, strict=True):
             compare(f"rotate_into {what} {'with' if gains else 'without'} norms", got, want)
     _check_drafting(compare, generator)
@@ -422,7 +422,8 @@ def time_decoder(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
 
         def ours(tree: DraftTree = tree, cache: SlotCache = cache) -> Tensor:
             mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
-            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, mask)
+            attend = partial(tree_attention, mask=mask)
+            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, attend)
 
         for way, run in (("hf", theirs), ("fused", ours)):
             hidden[way, nodes] = run().clone()
@@ -497,11 +498,11 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
     joined = torch.randn(1, nodes, (shape.heads + 2 * shape.kv_heads) * dim, device=DEVICE, dtype=DTYPE)
     gate_up = torch.randn(1, nodes, 2 * shape.mlp, device=DEVICE, dtype=DTYPE)
     cos, sin = decoder.rotary_emb(stream, PREFIX + tree.depth)
-    queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths)
+    queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin)
     runs = {
         "attention": lambda: tree_attention(queries, keys, values, mask),
         "add_norm": lambda: ops.add_norm(stream, update, gain, 1e-6),
-        "rotate_into": lambda: ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths),
+        "rotate_into": lambda: ops.rotate_into(cache, 0, joined, cos, sin),
         "swiglu": lambda: ops.swiglu(gate_up),
     }
     found = {what: 1e3 * clock(run, repeats, 20) for what, run in runs.items()}

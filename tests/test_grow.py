@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle import CAPACITY, Ask, assert_exact, oracle, prompt, random_eagle, target
+from speculens.attention import causal_attention
 from speculens.drafters.grow import grow, likeliest
-from speculens.drafters.layer import causal_attention, masked_attention
+from speculens.drafters.layer import masked_attention
 from speculens.engine import Engine
 from speculens.sampling import Sampling
 from speculens.tree import TreeShape

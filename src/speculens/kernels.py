@@ -85,9 +85,10 @@ def rotate_into(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    start: int,
     gains: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
-    """`ops.rotate_into`: one program a row and head; queries are rotated where they are."""
+    """`ops.rotate_into` from columns `lengths + start` on: one program a row and head; queries are rotated in place."""
     batch, nodes, width = joined.shape
     kv_heads, columns, dim = keys.shape[1:]
     heads = width // dim - 2 * kv_heads
@@ -95,22 +96,22 @@ def rotate_into(
     cos, sin = cos.expand(batch, nodes, dim).contiguous(), sin.expand(batch, nodes, dim).contiguous()
     with _on(joined):
         _rotate_into[(batch * nodes, heads + 2 * kv_heads)](
-            joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+            joined, cos, sin, keys, values, lengths, start, query_gain, key_gain,
             *keys.stride()[:3], *values.stride()[:3], nodes, heads, kv_heads, columns, eps,
             DIM=dim, BLOCK=triton.next_power_of_2(dim // 2), NORM=gains is not None, num_warps=1,
         )  # fmt: skip
     return joined.view(batch, nodes, -1, dim)[:, :, :heads].transpose(1, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])  # one program for all levels of a tree
 def _rotate_into(
-    joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+    joined, cos, sin, keys, values, lengths, start, query_gain, key_gain,
     key_slot, key_head, key_column, value_slot, value_head, value_column, nodes, heads, kv_heads, columns, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = row // nodes
-    column = tl.load(lengths + slot).to(tl.int64) + row % nodes
+    column = tl.load(lengths + slot).to(tl.int64) + start + row % nodes
     half: tl.constexpr = DIM // 2
     at = tl.arange(0, BLOCK)
     inside = at < half

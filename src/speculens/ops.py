@@ -38,13 +38,17 @@ class Joined:
 
     The layers' parameters become views of one tensor, so nothing is stored twice and the layers work as before.
     Whoever gives a parameter other storage afterwards (a cast, a move to another device) ends that: see `intact`.
+    Layers that cannot be joined (quantised or adapted ones) run one after another.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._layers = tuple(layers)
-        self.weight = _one_tensor([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = _one_tensor(biases) if biases else None
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers: tuple[Any, ...] = tuple(layers)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if self.possible(layers):
+            self.weight = _one_tensor([layer.weight for layer in self._layers])
+            biases = [layer.bias for layer in self._layers if layer.bias is not None]
+            self.bias = _one_tensor(biases) if biases else None
 
     @staticmethod
     def possible(layers: Sequence[Any]) -> bool:
@@ -56,7 +60,9 @@ class Joined:
 
     @property
     def intact(self) -> bool:
-        """Whether the layers' weights still lie in the joined one."""
+        """Whether the layers' weights still lie in the joined one, if there is one."""
+        if self.weight is None:
+            return True
         place = self.weight.data_ptr()
         for layer in self._layers:
             if layer.weight.data_ptr() != place or layer.weight.dtype != self.weight.dtype:
@@ -65,6 +71,8 @@ class Joined:
         return True
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return torch.cat([layer(x) for layer in self._layers], -1)
         return linear(x, self.weight, self.bias)
 
 
@@ -93,9 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether calling a layer is `linear` with its weights: no subclass, nothing that listens or stands in for it."""
-    return type(layer) is nn.Linear and not is_watched(layer)
+def project(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer's output: `linear` with its weights, unless it is a subclass or something listens to it."""
+    plain = type(layer) is nn.Linear and not is_watched(layer)
+    return linear(x, layer.weight, layer.bias) if plain else layer(x)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -126,19 +135,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotate_into(
-    cache: SlotCache, layer: int, joined: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, gains: Gains | None = None
+    cache: SlotCache, layer: int, joined: Tensor, cos: Tensor, sin: Tensor, gains: Gains | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys, and write keys and values where the cache was last aimed.
 
     joined    (B, N, (heads + 2 kv_heads) d), all that attention projects; it may be overwritten
     cos, sin  (B, N, d) or (1, N, d), of the pairs (i, i + d / 2)
-    lengths   (B,) committed columns of the aimed rows; the N new columns begin there
     gains     of an RMSNorm on each query and key before they turn
     Returns queries (B, heads, N, d) and views of all keys and values (B, kv_heads, columns, d).
     """
     if kernels := kernels_for(joined):
         keys, values = cache.views(layer)
-        return kernels.rotate_into(joined, cos, sin, keys, values, lengths, gains), keys, values
+        return kernels.rotate_into(joined, cos, sin, keys, values, cache.aimed, cache.start, gains), keys, values
     states = joined.unflatten(2, (-1, cache.head_dim)).transpose(1, 2)
     queries, keys, values = states.split([states.shape[1] - 2 * cache.heads, cache.heads, cache.heads], 1)
     if gains is not None:

@@ -147,6 +147,13 @@ class DraftTree:
         return lines.scatter_(2, column, nodes)[..., :-1]
 
 
+def take_last(held: Tensor, along: Tensor, counts: Tensor) -> None:
+    """Replace held (B, ...) by the last that counts of along (B, P, ...), in place; where counts (B,) is 0 it stays."""
+    held = held[:, None]
+    index = counts.view(-1, *[1] * (held.ndim - 1)).expand_as(held)
+    torch.gather(torch.cat([held, along], 1), 1, index, out=held)
+
+
 def _ancestors(parents: Tensor, levels: int) -> Tensor:
     """(B, N, N) bool reachability from (B, N) parents, by squaring: log2(levels) small products."""
     size = parents.shape[1]
