@@ -28,6 +28,7 @@ DRAFTERS: Mapping[str, dict[str, Any]] = {
     "hivis": {},
     "vispec": {"num_q": 3},
     "vispec added": {"num_q": 2, "fusion": "add", "adaptor_heads": 1, "adaptor_head_dim": 8},
+    "vispec bare": {"fusion": "none"},
     "specvlm": {"mode": "select", "resample_width": 16, "gate_width": 8},
     "specvlm weighted": {"mode": "weighted"},
     "specvlm concat": {"mode": "concat", "depthwise": True, "keep": "norm"},
@@ -59,6 +60,7 @@ def random_drafter(name: str, target: Target) -> Drafter:
         head_dim=16,
         rms_norm_eps=1e-5,
         qkv_bias=True,
+        input_norm=not name.endswith("bare"),
         tree=TreeShape(num_steps=2, topk=3, num_draft_tokens=9),
         options=method.settle(DRAFTERS[name], target.model.config),
     )
