@@ -22,10 +22,10 @@ keep Qwen2.5-VL's answers in their grammar, at about 80 % of the acceptance leng
 LLaVA's fall apart beyond one picture, and both do after earlier turns. So `step`, which needs no sense, has
 `--long-pictures` pictures, and the other parts have `--pictures`. The last line is JSON.
 
-A reduced draft vocabulary. With `--draft-vocab N` drafters draft N tokens alone, as after `speculens trim`: that
-takes the commonest of the answers and fills up with the lowest ids. All 2,048 tokens of the testbed are such ids, so what is
-drafted stays complete and acceptance as it was: only the cost is real here. On real data a reduced vocabulary misses
-tokens (EAGLE-3 drafts 32k, FR-Spec 32k of 128k).
+A reduced draft vocabulary. With `--draft-vocab N` drafters draft N tokens alone, as after `speculens trim`: that takes
+the commonest of the answers and fills up with the lowest ids. All 2,048 tokens of the testbed are among the lowest, so
+what is drafted stays complete and acceptance as it was: only the cost is real here. On real data a reduced vocabulary
+misses tokens (EAGLE-3 drafts 32k, FR-Spec 32k of 128k).
 """
 
 from __future__ import annotations
