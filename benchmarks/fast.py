@@ -456,7 +456,7 @@ def _at_once(setup: Setup, slots: int) -> dict[str, Any]:
     return {**lines[best], "tree": best, "by_tree": lines}
 
 
-def _shapes(slots: int, most: int = 3) -> list[TreeShape]:
+def _shapes(slots: int, most: int = 2) -> list[TreeShape]:
     """The largest trees that an adaptive plan could give so many slots at once."""
     return list(within(ladder(ROOMY), scale_of(slots, 1))[-most:])
 
