@@ -320,7 +320,7 @@ class Engine:
         """Let a prompt that the target has taken in run: its first token."""
         row = len(self._running)
         try:
-            first, logits = self._first(slot, logits, features.tokens[:, -1])
+            first, logits = self._first(slot, logits, features.tokens[:, -1].to(logits.device))
             slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
             if begun := self._drafter.begin(features, first):
                 slot.stats.add_view(begun.rows, begun.notes)

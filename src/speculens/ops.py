@@ -25,6 +25,13 @@ Gains = tuple[Tensor, Tensor, float]
 """Gains of the norms on queries and keys, (d,) each, and their epsilon."""
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """What the host made, on a device. The host goes on at once: only page-locked memory is read while it does."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Joined:
     """Linear layers on the same input as one product: `join([q, k, v])(x)` is their outputs side by side.
 

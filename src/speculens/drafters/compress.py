@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from speculens.drafters.config import DrafterConfig
 from speculens.errors import UserError
+from speculens.ops import send
 
 # What each mode may use, in the order in which it is used.
 MODES = {
@@ -156,8 +157,8 @@ class Pool(nn.Module):
         rows = embeds.shape[1]
         grid = None if self.flat else known_grid(rows, self.grid)
         group = _stretches(rows, math.ceil(rows / self.ratio)) if grid is None else _tiles(*grid, self.ratio)
-        group = group.to(embeds.device)
-        member = nn.functional.one_hot(group).T.to(embeds.dtype)  # (k, m)
+        number = torch.arange(int(group[-1]) + 1, device=embeds.device)
+        member = (send(group, embeds.device) == number[:, None]).to(embeds.dtype)  # (k, m)
         mean = member / member.sum(1, keepdim=True)
         place = torch.arange(rows, device=embeds.device)
         last = torch.where(member > 0, place, 0).amax(1)
@@ -259,4 +260,4 @@ def _tiles(height: int, width: int, ratio: float) -> Tensor:
 def _subset(rows: int, count: int, seed: int, device: torch.device) -> Tensor:
     """(count,) long: the same random rows for every run of this length, so that drafts are a function of the prompt."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + rows)
-    return torch.randperm(rows, generator=generator)[:count].sort().values.to(device)
+    return send(torch.randperm(rows, generator=generator)[:count].sort().values, device)

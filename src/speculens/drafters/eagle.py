@@ -22,6 +22,7 @@ from speculens.drafters.rows import Rows
 from speculens.drafters.session import HeadSession
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import send
 from speculens.tree import TreeShape
 
 
@@ -72,7 +73,7 @@ class EagleDrafter(nn.Module):
         """
         inside = features.positions < features.lengths[:, None]
         source = torch.where(inside, features.positions, -1)
-        return Rows(next_embeds, features.hidden, features.positions, source)
+        return Rows(next_embeds, features.hidden, send(features.positions, next_embeds.device), source)
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
         """[e ; f] -> what enters the layer: (B, m, H).

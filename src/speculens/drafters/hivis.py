@@ -20,6 +20,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import send
 
 POSITIONS = ("auto", "contiguous", "original")
 BORDERS = ("paper", "after", "vllm")
@@ -119,8 +120,10 @@ class HivisDrafter(EagleDrafter):
         if self.options.positions == "original":
             positions = features.positions.gather(1, take)
         else:
-            positions = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        return Rows(_rows(next_embeds, source.clamp(min=0)), _rows(features.hidden, take), positions, source)
+            positions = torch.arange(source.shape[1]).expand_as(source)
+        index = torch.stack([source.clamp(min=0), take, positions])
+        following, taken, positions = send(index, next_embeds.device)
+        return Rows(_rows(next_embeds, following), _rows(features.hidden, taken), positions, source)
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
         """[e ; f ; r_step] -> what enters the layer: (B, m, H)."""

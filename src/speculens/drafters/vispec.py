@@ -22,6 +22,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import send
 
 FUSIONS = ("concat", "add", "none")
 
@@ -106,17 +107,19 @@ class ViSpecDrafter(EagleDrafter):
         compressed = visual & (left < self.options.num_q - 1)
         kept = compressed | (inside & ~visual)
         order = (~kept).byte().argsort(dim=1, stable=True)[:, : int(kept.sum(1).amax())]
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(1, order) if x.ndim == 2 else x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-
-        direct, run = take(compressed), take(run)
-        query = torch.where(direct, self.options.num_q - 2 - take(left), 0)
+        real, compressed, run, left, positions = (
+            x.gather(1, order) for x in (kept, compressed, run, left, features.positions)
+        )
+        source = torch.where(real & ~compressed, order, -1)
+        query = torch.where(compressed, self.options.num_q - 2 - left, 0)
+        device = next_embeds.device
+        order, run, query, positions, direct = send(torch.stack([order, run, query, positions, compressed]), device)
+        direct, taken = direct.bool(), order[..., None].expand(-1, -1, next_embeds.shape[2])
         return Rows(
-            embeds=torch.where(direct[..., None], pictures[run, query], take(next_embeds)),
-            hidden=take(features.hidden),
-            positions=take(features.positions),
-            source=torch.where(take(kept) & ~direct, order, -1),
+            embeds=torch.where(direct[..., None], pictures[run, query], next_embeds.gather(1, taken)),
+            hidden=features.hidden.gather(1, taken),
+            positions=positions,
+            source=source,
             direct=direct,
             memory=None if self.options.fusion == "none" else pictures[run, -1],
         )
@@ -137,19 +140,20 @@ class ViSpecDrafter(EagleDrafter):
     def _compress(self, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adaptor over every picture of a batch.
 
-        visual  (B, n) bool, embeds (B, n, H)
-        Returns (B, n) long, which picture is the newest at each slot, 0 before the first; (B, n) long, how many rows
+        visual  (B, n) bool on the host, embeds (B, n, H)
+        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first; (B, n) long, how many rows
         of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for picture 0, which is none.
         """
         begins = visual & ~F.pad(visual[:, :-1], (1, 0))
         number = begins.flatten().cumsum(0).view_as(begins)
         start = F.pad(begins.flatten().nonzero()[:, 0], (1, 0))
         length = torch.bincount(number[visual], minlength=len(start)).clamp(min=1)
-        offset = torch.arange(int(length.amax()), device=visual.device)
+        offset = torch.arange(int(length.amax()))
         rows = (start[:, None] + offset).clamp(max=visual.numel() - 1)
         # Picture 0 is computed too, so that the adaptor has a gradient (of 0) also where a batch has no picture.
-        outputs = self.imadpt(embeds.flatten(0, 1)[rows], offset < length[:, None])
-        some = torch.arange(len(start), device=visual.device) > 0
+        rows, real = (send(x, embeds.device) for x in (rows, offset < length[:, None]))
+        outputs = self.imadpt(embeds.flatten(0, 1)[rows], real)
+        some = torch.arange(len(start), device=embeds.device) > 0
         run = torch.where(begins.cumsum(1) > 0, number, 0)
-        slot = torch.arange(visual.numel(), device=visual.device).view_as(visual)
+        slot = torch.arange(visual.numel()).view_as(visual)
         return run, (start + length)[run] - 1 - slot, outputs * some[:, None, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from speculens.cache import SlotCache, cache_arguments
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import is_plain, linear
+from speculens.ops import is_plain, linear, send
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode
+from speculens.targets.segments import foresees
 from speculens.tree import DraftTree
 
 
@@ -161,11 +163,11 @@ class Target:
     def teach(self, inputs: dict[str, Any], image: Tensor) -> Features:
         """One frozen forward over whole sequences, padded on the right: what training distils from.
 
-        inputs  what the model's forward takes, on any device; attention_mask (B, n) marks the real rows
-        image   (B, n) bool
+        inputs  what the model's forward takes, on the host; attention_mask (B, n) marks the real rows
+        image   (B, n) bool, on the host
         """
         with torch.no_grad():
-            door = self.at_the_door(inputs | self._host_positions(inputs), cache=None)
+            door = self.at_the_door(inputs, cache=None)
             mask = door.get("attention_mask")
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 # A plain padding mask: the model adds causality and nothing else, so no real row sees the padding on
@@ -173,14 +175,19 @@ class Target:
                 door["attention_mask"] = None
             hidden = self.decoder(**door).last_hidden_state
             self.calibrate(inputs, hidden[0, -1])
-            tokens = inputs["input_ids"].to(self.device)
-            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-            lengths = inputs["attention_mask"].sum(1).to(self.device)
+            tokens, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
             embeds = door["inputs_embeds"].to(self.device)
-            return Features(tokens, hidden.to(self.device), embeds, positions, image.to(self.device), lengths)
+            return Features(tokens, hidden.to(self.device), embeds, positions, image, lengths)
 
     def at_the_door(self, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """Run the model's own forward up to its text decoder and return what would have gone in."""
+        inputs = inputs | self.positions(inputs)
+        sizes = (
+            "image_sizes",
+            *(("image_grid_thw", "video_grid_thw") if self._foresees else ()),
+        )  # the host reads them
+        kept = {name: inputs[name] for name in sizes if name in inputs}
         caught: dict[str, Any] = {}
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,7 +196,7 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.fitted(inputs), **cache_arguments(self.model, cache))
+            self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
         finally:
@@ -201,23 +208,28 @@ class Target:
     def fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of the model's forward on its device, pictures in its dtype."""
         return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            name: send(value, self.device).to(self.dtype if value.is_floating_point() else value.dtype)
             if isinstance(value, Tensor)
             else value
             for name, value in inputs.items()
         }
 
-    def _host_positions(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """M-RoPE positions by the model's own rule, on the host: it reads row by row and number by number.
+    def positions(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """M-RoPE `position_ids` by the model's own rule, on the host: it reads row by row and number by number.
 
-        On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device.
+        On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device. Nothing for
+        targets without, and for inputs that have them.
         """
         rule = getattr(getattr(self.model, "model", None), "get_rope_index", None)
-        if rule is None or "mm_token_type_ids" not in inputs:
+        if rule is None or "mm_token_type_ids" not in inputs or "position_ids" in inputs:
             return {}
         known = inspect.signature(rule).parameters
         read = {name: value.cpu() for name, value in inputs.items() if name in known and isinstance(value, Tensor)}
         return {"position_ids": rule(**read)[0]}
+
+    @cached_property
+    def _foresees(self) -> bool:
+        return foresees(self.model)
 
     @property
     def calibrated(self) -> bool:
@@ -308,14 +320,13 @@ class TargetSession:
             logits = target.logits(hidden[:, -1:])
             positions = door.get("position_ids")
             self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - rows
-        device = target.device
         features = Features(
-            tokens=prompt.ids[None].to(device),
-            hidden=hidden.to(device),
-            embeds=door["inputs_embeds"].to(device),
-            positions=torch.arange(rows, device=device)[None],
-            image=prompt.image[None].to(device),
-            lengths=torch.tensor([rows], device=device),
+            tokens=prompt.ids[None],
+            hidden=hidden.to(target.device),
+            embeds=door["inputs_embeds"].to(target.device),
+            positions=torch.arange(rows)[None],
+            image=prompt.image[None],
+            lengths=torch.tensor([rows]),
         )
         return logits, features
 

@@ -262,7 +262,7 @@ class Trainer:
 
     def _losses(self, batch: Batch, draw: int) -> Losses:
         recipe = self.recipe
-        lesson = distil(self.forward, self.target, batch.to(self.target.device), draw)
+        lesson = distil(self.forward, self.target, batch, draw)
         return lesson_losses(lesson, self.target.logits, recipe.objective, recipe.unroll, recipe.chunk)
 
     def _set_rate(self) -> float:
