@@ -252,7 +252,7 @@ def test_an_adaptive_plan_has_few_graphs_and_records_none_after_warming_up(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("slots", "capacity", "most"), [(1, 1024, 28), (1, 4096, 84), (16, 1024, 178), (16, 4096, 534), (32, 4096, 606)]
+    ("slots", "capacity", "most"), [(1, 1024, 28), (1, 4096, 84), (16, 1024, 128), (16, 4096, 384), (32, 4096, 432)]
 )
 def test_graphs_of_an_adaptive_plan_are_bounded(slots, capacity, most, monkeypatch):
     shapes = ladder(ROOMY)
