@@ -170,10 +170,12 @@ class _Layout:
     def layer(self, wide: nn.Module, small: nn.Module | None) -> None:
         """A decoder layer of the target or of a drafter: they have the same names. None makes it silent."""
         normed, stream = self.residual.normed, self.residual.stream
+        # Some drafters have no norm there: their attention reads the stream, with all its copies and the constant.
+        entered = normed if list(wide.get_submodule("input_layernorm").parameters()) else stream
         for name, out, into in (
-            ("self_attn.q_proj", self.queries, normed),
-            ("self_attn.k_proj", self.keys, normed),
-            ("self_attn.v_proj", self.keys, normed),
+            ("self_attn.q_proj", self.queries, entered),
+            ("self_attn.k_proj", self.keys, entered),
+            ("self_attn.v_proj", self.keys, entered),
             ("self_attn.o_proj", stream, self.queries),
             ("mlp.gate_proj", self.units, normed),
             ("mlp.up_proj", self.units, normed),
@@ -181,7 +183,7 @@ class _Layout:
         ):
             _place_linear(wide.get_submodule(name), None if small is None else small.get_submodule(name), out, into)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            if list(wide.get_submodule(name).parameters()):  # drafters may have none
+            if list(wide.get_submodule(name).parameters()):
                 place_vector(
                     wide.get_submodule(name).weight, None if small is None else small.get_submodule(name).weight, normed
                 )

@@ -165,6 +165,26 @@ def test_the_ladder_fits_within_the_drafters_own_tree():
     assert [shape.nodes for shape in SHAPES] == [1, 2, 4, 8, 16, 32, 64]
 
 
+def test_many_slots_get_small_trees_whose_costs_alone_are_learnt(tmp_path):
+    store = Store({}, tmp_path)
+    plan = Planner(SHAPES, Costs(SHAPES, store))
+    slots = range(16)
+    chosen = set()
+    for _ in range(TURNS):
+        chosen.add(plan.choose(slots, 300))
+        plan.learn(dict.fromkeys(slots, 0), 1.0)
+    assert chosen == set(plan.open(16)) == {shape for shape in SHAPES if shape.nodes <= 16}
+    assert store.read(SHAPES)[scale_of(16, 300)].keys() == chosen
+    assert tuple(plan.open(1)) == SHAPES
+
+
+def test_a_step_that_was_not_an_ordinary_one_is_no_cost():
+    plan = Planner(SHAPES, Costs(SHAPES))
+    for _ in range(TURNS):
+        assert plan.choose([0], 300) == NO_DRAFT
+        plan.learn({0: 0}, None)
+
+
 # --- costs on disk
 
 

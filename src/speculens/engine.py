@@ -24,7 +24,7 @@ from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
-from speculens.plan import NO_DRAFT, Pinned, Plan, Planner, ladder
+from speculens.plan import NO_DRAFT, ROOMY, Pinned, Plan, Planner, ladder
 from speculens.sampling import Laws, Needs, Sampling, choose, correct, likelihoods
 from speculens.slot import Generation, Slot, Step
 from speculens.targets.base import Prompt, Target
@@ -177,7 +177,7 @@ class Engine:
         return steps
 
     def _advance(self, slots: Sequence[Slot]) -> list[Step]:
-        begun = time.perf_counter()
+        begun, recorded = time.perf_counter(), self._recorder.captures
         outcome, table = self._round(slots)
         tree, along, ends = outcome.tree, outcome.along, self.target.eos_token_ids
         steps = []
@@ -191,7 +191,8 @@ class Engine:
         self._target.settle([len(chosen) for chosen in accepted])
         self._drafter.settle(accepted)
         kept = {slot: len(chosen) - 1 for slot, chosen in zip(slots, accepted, strict=True)}
-        self._plan.learn(kept, time.perf_counter() - begun)
+        ordinary = self._recorder.captures == recorded
+        self._plan.learn(kept, time.perf_counter() - begun if ordinary else None)
         self._leave()
         return steps
 
@@ -205,13 +206,7 @@ class Engine:
         if not self._recorder.on:
             return
         self._target.rehearse()
-        kinds = dict.fromkeys(Needs.of(some) for some in (*([one] for one in samplings), samplings))
-        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
-        columns = dict.fromkeys(column_bucket(length, self.capacity) for length in range(1, self.capacity + 1))
-        # The largest first: later graphs find room in what it took.
-        catch_up = (False, True) if NO_DRAFT in self._plan.shapes else (False,)
-        shapes = reversed(self._plan.shapes)
-        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, shapes, reversed(columns), catch_up)]
+        buckets = self._buckets(samplings)
         for done, bucket in enumerate(buckets, 1):
             if not self._recorder.ready(bucket):
                 return
@@ -300,7 +295,27 @@ class Engine:
         bucket = replace(bucket, catch_up=self._put_off >= (1 if bucket.drafts else self._patience))
         if not self._recorder.on:
             return bucket
-        return replace(bucket, rows=row_bucket(rows, self.slots), horizon=column_bucket(longest, self.capacity))
+        return replace(bucket, rows=row_bucket(rows, self.slots), horizon=self._columns(longest))
+
+    def _columns(self, longest: int) -> int:
+        """The bound that steps of such a length share. A plan with many shapes has few, for a graph is made of each."""
+        adaptive = len(self._plan.shapes) > 1
+        return column_bucket(longest, self.capacity, *((1024, 1) if adaptive else ()))
+
+    def _buckets(self, samplings: Sequence[Sampling]) -> list[Bucket]:
+        """All that steps of such settings can look like; the largest first: later graphs find room in what it took."""
+        alone = dict.fromkeys(Needs.of([one]) for one in samplings)
+        mixed = dict.fromkeys((*alone, Needs.of(samplings)))
+        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
+        columns = dict.fromkeys(self._columns(length) for length in range(1, self.capacity + 1))
+        catch_up = (False, True) if NO_DRAFT in self._plan.shapes else (False,)
+        return [
+            Bucket(count, *key)
+            for count in reversed(rows)
+            for key in product(
+                mixed if count > 1 else alone, reversed(self._plan.open(count)), reversed(columns), catch_up
+            )
+        ]
 
     def _planned(self, shape: TreeShape | Plan | Literal["auto"] | None) -> Plan:
         if shape is None or isinstance(shape, TreeShape):
@@ -310,7 +325,10 @@ class Engine:
         own = self.drafter.describe().get("tree", {})
         if "num_steps" not in own:
             return Pinned()
-        shapes = ladder(TreeShape(**own))
+        largest = TreeShape(**own)  # often made for a CPU
+        if self.target.device.type == "cuda" and largest.nodes < ROOMY.nodes:
+            largest = ROOMY
+        shapes = ladder(largest)
         return Planner(shapes, Costs(shapes, Store(self._facts())))
 
     def _facts(self) -> dict[str, Any]:
