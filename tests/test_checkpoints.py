@@ -1,6 +1,7 @@
 """Drafters and targets on disk: what is written comes back, and what is broken is refused in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_the_card_says_what_it_is_for(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_drafter_is_loaded_in_the_dtype_of_its_target(folder, dtype):
     assert {p.dtype for p in load_drafter(folder, dtype=dtype).parameters()} == {dtype}
+
+
+def in_hub_cache(folder, cache, hub_id, commit="0" * 40):
+    """A folder as the hub's client keeps a repository that it has fetched."""
+    kept = cache / f"models--{hub_id.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, kept / "snapshots" / commit)
+
+
+def test_a_drafter_is_loaded_by_its_hub_id(folder, tmp_path, monkeypatch):
+    """From the client's own cache, without a network; an id that it has not fetched is refused by name."""
+    in_hub_cache(folder, tmp_path / "hub", "somebody/drafter")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded, saved = load_drafter("somebody/drafter", dtype=torch.float64), load_drafter(folder, dtype=torch.float64)
+    assert loaded.config == saved.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+    with pytest.raises(UserError, match="no drafter at somebody/else: it is neither a folder here nor a hub id"):
+        load_drafter("somebody/else")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("none", NoDrafter), ("lookup", LookupDrafter)])

@@ -11,8 +11,8 @@ from torch import Tensor
 class Features:
     """What the frozen target reveals after one pass over B sequences of up to n rows, padded on the right.
 
-    `hidden` and `embeds` are on the target's device. All else tells where things stand; it is on the host, which knew it
-    before the pass, so that a view is laid out without waiting for the device.
+    `hidden` and `embeds` are on the target's device. All else tells where things stand and is on the host: it was known
+    before the pass, so a view is laid out without waiting for the device.
 
     hidden     (B, n, H) last hidden states, after the final norm
     embeds     (B, n, H) what entered the decoder: token embeddings, and projected visual features at image rows

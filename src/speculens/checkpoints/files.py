@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second is how older published drafters are stored
 
@@ -58,7 +58,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is broken ({_line(error)}): copy or train it again.") from None
+        raise UserError(f"{path} is broken ({first_line(error)}): copy or train it again.") from None
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds numbers that are not finite (in {name}): train it again with a lower rate.")
@@ -109,7 +109,7 @@ def whole(folder: Path, then: str = "Make room and run the same command again.")
     # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} could not be written ({_line(error)}; {_free(place.parent)} free there). {then}"
+            f"{folder} could not be written ({first_line(error)}; {_free(place.parent)} free there). {then}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,7 +135,3 @@ def _free(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

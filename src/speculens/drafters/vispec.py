@@ -22,7 +22,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import send
+from speculens.ops import project, send
 from speculens.values import read
 
 FUSIONS = ("concat", "add", "none")
@@ -120,7 +120,7 @@ class ViSpecDrafter(EagleDrafter):
         )
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
-        entered = self.fc(torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
+        entered = project(self.fc, torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
         return entered if rows.direct is None else torch.where(rows.direct[..., None], rows.embeds, entered)
 
     def _fuse(self, rows: Rows) -> Tensor:
@@ -129,15 +129,16 @@ class ViSpecDrafter(EagleDrafter):
             return rows.hidden
         memory = torch.zeros_like(rows.hidden) if rows.memory is None else rows.memory
         if self.options.fusion == "add":
-            return rows.hidden + self.img_fc(memory)
-        return self.img_fc(torch.cat([rows.hidden, memory], dim=-1))
+            return rows.hidden + project(self.img_fc, memory)
+        return project(self.img_fc, torch.cat([rows.hidden, memory], dim=-1))
 
     def _compress(self, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adaptor over every picture of a batch.
 
         visual  (B, n) bool on the host, embeds (B, n, H)
-        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first; (B, n) long, how many rows
-        of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for picture 0, which is none.
+        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first;
+        (B, n) long, how many rows of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for
+        picture 0, which is none.
         """
         begins = visual & ~F.pad(visual[:, :-1], (1, 0))
         number = begins.flatten().cumsum(0).view_as(begins)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from speculens.checkpoints import save_drafter, whole
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 PREFIX = "checkpoint-"
 AVERAGE = "ema.safetensors"
@@ -98,7 +98,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # reading broken files raises nearly anything
-        raise UserError(f"{folder} is no checkpoint that this run can go on from: {_line(error)}.") from error
+        raise UserError(f"{folder} is no checkpoint that this run can go on from: {first_line(error)}.") from error
 
 
 def tidy(output: Path) -> None:
@@ -137,7 +137,3 @@ def _set_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
