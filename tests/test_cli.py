@@ -495,7 +495,7 @@ MISTAKES = {
     "no such device": (["generate", "--target", "{llava}", "--device", "abacus", "hi"], "device abacus cannot be used"),
     "nothing to inspect": (["inspect"], "--target"),
     "inspect nothing": (["inspect", "--target", "{broken}"], "There is no model at"),
-    "config is no config": (["inspect", "--target", "{broken}/list"], "config.json of {broken}/list is broken"),
+    "config is no config": (["inspect", "--target", "{broken}/list"], "{broken}/list"),
     "config of wrong types": (["generate", "--target", "{broken}/types", "hi"], "expected int, got str"),
     "language model": (["inspect", "--target", "{broken}/llama"], "takes no pictures"),
     "device without numbers": (["generate", "--target", "{llava}", "--device", "meta", "hi"], "device meta"),
