@@ -133,7 +133,7 @@ def conversation_of(question: str, images: Sequence[str], system: str | None = N
 def _said() -> str:
     """A question from standard input."""
     try:
-        return sys.stdin.read().strip()
+        return sys.stdin.buffer.read().decode().strip()  # strictly UTF-8, in any locale
     except UnicodeDecodeError:
         raise UserError("Standard input holds no text; a picture is named with --image -.") from None
 
