@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 import laws
-import test_grow
+import test_methods
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
 from speculens import attention, sampling
@@ -80,7 +80,7 @@ def replayed() -> None:
 def same_drafts() -> None:
     """What was accepted leaves the drafter as if it had read the whole text at once."""
     try:
-        test_grow.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("llava")
+        test_methods.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("vispec", "llava")
     except AssertionError as error:
         raise NotExactError from error
 
