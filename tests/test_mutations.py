@@ -282,6 +282,13 @@ def what_was_not_accepted_is_remembered(right, session, hidden, tokens, counts):
     right(session, hidden, tokens, torch.full_like(counts, tokens.shape[1]))
 
 
+@change(HeadSession, "free")
+def a_pictures_vector_stays_with_its_row(right, session, row):
+    kept = session._memory.clone()
+    right(session, row)
+    session._memory.copy_(kept)
+
+
 def only_one_end_id_is_known(patch: pytest.MonkeyPatch) -> None:
     known = Target.eos_token_ids.fget
     patch.setattr(Target, "eos_token_ids", property(lambda target: frozenset(sorted(known(target))[:1])))
@@ -343,6 +350,7 @@ MUTANTS = [
         )
     ),
     Mutant(what_was_not_accepted_is_remembered, same_drafts),
+    Mutant(a_pictures_vector_stays_with_its_row, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),
     Mutant(noise_does_not_depend_on_the_seed, pair_law),
     Mutant(noise_depends_on_the_tree, same_with_any_drafter),
