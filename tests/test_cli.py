@@ -22,6 +22,7 @@ import tiny
 from speculens import Conversation, Engine, Sampling, cli, demo, load_drafter, load_target
 from speculens.answer import Answer, Entry, Run, ask
 from speculens.checkpoints import save_drafter
+from speculens.cli.demo import Family
 from speculens.show import DRAFTED, Screen, count, size
 from speculens.tree import TreeShape
 
@@ -245,7 +246,7 @@ def test_an_inexact_answer_is_shown_as_such(drafted):
     other = replace(drafted, generation=replace(drafted.generation, tokens=tokens))
     shorter = replace(drafted, generation=replace(drafted.generation, tokens=tokens[:3]))
     entry = Entry("x", [drafted, other, shorter], [drafted] * 3)
-    assert entry.exact == 1
+    assert entry.num_exact == 1
     assert entry.differences == [None, 3, 3]
     assert entry.to_dict()["exact"] == pytest.approx(1 / 3)
 
@@ -368,7 +369,7 @@ def testbed(shelf, tmp_path_factory):
 def test_demo(run, testbed, tmp_path):
     page = tmp_path / "index.html"
     got = run("demo", "--testbed", testbed, "--out", page, "--max-new-tokens", 6)
-    assert [*cli.Family] == ["all", *demo.FAMILIES]
+    assert [*Family] == ["all", *demo.FAMILIES]
     assert (got.code, got.err) == (0, "")
     assert got.out.count(QUESTION) == 4  # two pictures, two families
     assert got.out.count("2 of 2") == 6  # three drafters, two families, all exact
@@ -487,7 +488,7 @@ MISTAKES = {
     "stdin twice": (["generate", "--target", "{llava}", "--image", "-", "-"], "Standard input"),
     "no such device": (["generate", "--target", "{llava}", "--device", "abacus", "hi"], "device abacus cannot be used"),
     "nothing to inspect": (["inspect"], "--target"),
-    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no vision-language model"),
+    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no model at"),
     "unknown recipe key": (["train", "-c", "{broken}/recipe.yaml"], "did you mean objective?"),
     "no recipe": (["train", "-c", "{broken}/gone.yaml"], "cannot be read"),
     "bad override": (["train", "-c", "{broken}/recipe.yaml", "steps"], "section.key=value"),

@@ -16,7 +16,7 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "speculens"
-FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "examples", "benchmarks", ".ci")
+FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "benchmarks", ".ci")
 TEXT = {".md", ".py", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".sh", ".jinja", ".cff", ""}
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users)/\w")

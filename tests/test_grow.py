@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle import Ask, assert_exact, random_eagle
+from speculens.attention import causal_attention
 from speculens.drafters.grow import grow, likeliest
-from speculens.drafters.layer import causal_attention, masked_attention
+from speculens.drafters.layer import masked_attention
 from speculens.sampling import Sampling
 from speculens.tree import TreeShape
 
@@ -64,7 +65,8 @@ def slow_tree(toy, root, shape):
     for _ in range(shape.num_steps):
         level = [child for line, score in beam for child in children(line, score)]
         created += level
-        best = torch.stack([score for _, score in level]).topk(shape.topk).indices
+        level_scores = torch.stack([score for _, score in level])
+        best = level_scores.sort(descending=True, stable=True).indices[: shape.topk]
         beam = [level[i] for i in best]
     ranked = sorted(created, key=lambda node: -float(node[1]))  # stable: creation order among equals
     return {line for line, _ in ranked[: shape.num_draft_tokens - 1]}

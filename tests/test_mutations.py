@@ -20,6 +20,7 @@ from speculens.drafters.session import HeadSession
 from speculens.engine import Engine
 from speculens.loop import Loop
 from speculens.sampling import Sampling
+from speculens.slot import Slot
 from speculens.targets import Target, TargetSession
 from speculens.tree import DraftTree
 from test_capture import WIDE, Replica, guesser
@@ -247,11 +248,11 @@ def penalties_forget_the_prompt(right, tree, history):
     return right(tree, [past[-1:] for past in history])
 
 
-@change(Engine, "_emit")
-def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, engine, slot, tokens):
+@change(Slot, "emit")
+def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, slot, tokens, ends):
     *before, last = tokens
     slot.tokens += before
-    emitted, text = right(engine, slot, [last])
+    emitted, text = right(slot, [last], ends)
     return [*before, *emitted], text
 
 

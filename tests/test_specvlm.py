@@ -13,10 +13,11 @@ from torch import Tensor
 
 import tiny
 from oracle import Ask, assert_exact, prompt, target
+from speculens.attention import causal_attention
 from speculens.checkpoints import load_drafter, save_drafter
 from speculens.drafters import DrafterConfig, SpecVLMDrafter
 from speculens.drafters.compress import OPERATORS, CompressOptions, known_grid
-from speculens.drafters.layer import biased_attention, causal_attention
+from speculens.drafters.layer import biased_attention
 from speculens.drafters.specvlm import find_runs
 from speculens.engine import Engine
 from speculens.errors import UserError

@@ -18,8 +18,8 @@ from speculens.answer import Answer, Entry
 from speculens.data.journal import Journal
 from speculens.data.sources import JsonLines
 from speculens.drafters import NoDrafter
-from speculens.engine import Generation
 from speculens.errors import UserError
+from speculens.slot import Generation
 from speculens.stats import Stats
 
 NONE = NoDrafter.name

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second is how older published drafters are stored
 
@@ -55,8 +55,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is broken ({reason}): copy or train it again.") from None
+        raise UserError(f"{path} is broken ({first_line(error)}): copy or train it again.") from None
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds numbers that are not finite (in {name}): train it again with a lower rate.")

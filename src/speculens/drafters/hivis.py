@@ -20,7 +20,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import send
+from speculens.ops import project, send
 
 POSITIONS = ("auto", "contiguous", "original")
 BORDERS = ("paper", "after", "vllm")
@@ -130,7 +130,7 @@ class HivisDrafter(EagleDrafter):
         if not self.options.step_embedding:
             return super().enter(rows, step)
         bias = self.residual[min(step, self.options.steps - 1)].expand_as(rows.hidden)
-        return self.fc(torch.cat([rows.embeds, rows.hidden, bias], dim=-1))
+        return project(self.fc, torch.cat([rows.embeds, rows.hidden, bias], dim=-1))
 
     def _hidden(self, features: Features) -> Tensor:
         """(B, n) bool: tokens that count as picture."""

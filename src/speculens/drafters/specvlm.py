@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speculens.attention import causal_attention
 from speculens.drafters.compress import OPERATORS, RATIOS, CompressOptions, Pressed
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
-from speculens.drafters.layer import Attend, biased_attention, causal_attention
+from speculens.drafters.layer import Attend, biased_attention
 from speculens.drafters.rows import Rows
 from speculens.features import Features
 from speculens.ops import send

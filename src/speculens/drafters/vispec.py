@@ -22,7 +22,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import send
+from speculens.ops import project, send
 
 FUSIONS = ("concat", "add", "none")
 
@@ -125,7 +125,7 @@ class ViSpecDrafter(EagleDrafter):
         )
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
-        entered = self.fc(torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
+        entered = project(self.fc, torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
         return entered if rows.direct is None else torch.where(rows.direct[..., None], rows.embeds, entered)
 
     def _fuse(self, rows: Rows) -> Tensor:
@@ -134,8 +134,8 @@ class ViSpecDrafter(EagleDrafter):
             return rows.hidden
         memory = torch.zeros_like(rows.hidden) if rows.memory is None else rows.memory
         if self.options.fusion == "add":
-            return rows.hidden + self.img_fc(memory)
-        return self.img_fc(torch.cat([rows.hidden, memory], dim=-1))
+            return rows.hidden + project(self.img_fc, memory)
+        return project(self.img_fc, torch.cat([rows.hidden, memory], dim=-1))
 
     def _compress(self, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adaptor over every picture of a batch.

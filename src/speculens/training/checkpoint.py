@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from speculens.checkpoints import save_drafter
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 PREFIX = "checkpoint-"
 AVERAGE = "ema.safetensors"
@@ -66,8 +66,8 @@ def whole(folder: Path) -> Iterator[Path]:
     # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} could not be written ({_line(error)}; {_free(folder.parent)} free there). Earlier checkpoints "
-            "are intact: make room and go on with --resume-from latest."
+            f"{folder} could not be written ({first_line(error)}; {_free(folder.parent)} free there). Earlier "
+            "checkpoints are intact: make room and go on with --resume-from latest."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,7 +125,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # reading broken files raises nearly anything
-        raise UserError(f"{folder} is no checkpoint that this run can go on from: {_line(error)}.") from error
+        raise UserError(f"{folder} is no checkpoint that this run can go on from: {first_line(error)}.") from error
 
 
 def tidy(output: Path) -> None:
@@ -178,7 +178,3 @@ def _free(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
