@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 import laws
-import test_grow
+import test_methods
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
 from speculens import attention, sampling
@@ -81,7 +81,7 @@ def replayed() -> None:
 def same_drafts() -> None:
     """What was accepted leaves the drafter as if it had read the whole text at once."""
     try:
-        test_grow.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("llava")
+        test_methods.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("vispec", "llava")
     except AssertionError as error:
         raise NotExactError from error
 
@@ -283,6 +283,13 @@ def what_was_not_accepted_is_remembered(right, session, hidden, tokens, counts):
     right(session, hidden, tokens, torch.full_like(counts, tokens.shape[1]))
 
 
+@change(HeadSession, "free")
+def a_pictures_vector_stays_with_its_row(right, session, row):
+    kept = session._memory.clone()
+    right(session, row)
+    session._memory.copy_(kept)
+
+
 def only_one_end_id_is_known(patch: pytest.MonkeyPatch) -> None:
     known = Target.eos_token_ids.fget
     patch.setattr(Target, "eos_token_ids", property(lambda target: frozenset(sorted(known(target))[:1])))
@@ -344,6 +351,7 @@ MUTANTS = [
         )
     ),
     Mutant(what_was_not_accepted_is_remembered, same_drafts),
+    Mutant(a_pictures_vector_stays_with_its_row, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),
     Mutant(noise_does_not_depend_on_the_seed, pair_law),
     Mutant(noise_depends_on_the_tree, same_with_any_drafter),

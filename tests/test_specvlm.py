@@ -23,7 +23,7 @@ from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.sampling import Sampling
-from speculens.show import drafter_lines
+from speculens.show import drafter_lines, view_lines
 from speculens.stats import Stats
 from speculens.training import load_recipe, train
 from speculens.training.config import Unroll, read_recipe
@@ -522,6 +522,7 @@ def test_the_choice_is_told_with_the_statistics():
     )
     assert len(two.drafter_notes["operator"]) == 2
     assert set(two.drafter_notes["operator"]) <= {"prune", "pool", "none"}
+    assert view_lines(two.to_dict())["operator"] == ", ".join(two.drafter_notes["operator"])
     assert none.to_dict()["drafter_notes"].get("operator", []) == []
     assert Stats.total([two, none, two]).drafter_notes["operator"] == two.drafter_notes["operator"] * 2
     assert drafter_lines({**drafter.describe(), "bytes": 0})["view"] == "one of prune 20x, pool 20x, none"
