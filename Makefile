@@ -77,4 +77,4 @@ test-newest: ## run the tests with the newest transformers that pyproject.toml a
 
 clean: ## remove caches and build products; .venv stays
 	@rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find src tests testbed benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests testbed benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

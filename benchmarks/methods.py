@@ -1,7 +1,7 @@
 r"""The methods side by side on one target, greedy and sampled; or the acceptance of every drafter in a folder.
 
-    python benchmarks/methods.py --target testbed/weights/llava --minutes 8 --out runs/methods-llava
-    python benchmarks/methods.py --target testbed/weights/llava --ablations runs/ablations --minutes 3
+    python -m benchmarks.methods --target testbed/weights/llava --minutes 8 --out runs/methods-llava
+    python -m benchmarks.methods --target testbed/weights/llava --ablations runs/ablations --minutes 3
 
 Drafters are those beside the target (TARGET-METHOD) unless named. The measurement is that of `speculens bench`: all of
 them beside `none` in one process, on held-out prompts taken from the files in turn. It ends in time and tells what it
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from benchmarks.prompts import HELDOUT
 from speculens import Engine, Sampling, TreeShape, load_drafter, load_target
 from speculens.bench.figures import POOLED, conclude
 from speculens.bench.measure import CLOSER, Bench, Progress
@@ -36,7 +37,7 @@ from speculens.targets import Prompt, Target
 from speculens.training.measure import Exam
 
 ROOT = Path(__file__).resolve().parents[1]
-HELDOUT = [ROOT / "testbed/heldout" / f"{name}.jsonl" for name in ("charts", "openstax")]
+PROMPTS = [HELDOUT / "charts.jsonl", HELDOUT / "openstax.jsonl"]
 TINY = {"limit": 1, "max_new_tokens": 12, "tree": (2, 3, 9)}
 
 
@@ -47,7 +48,7 @@ class _OutOfTimeError(Exception):
 def main() -> None:
     """The command line."""
     parser = arguments(__doc__)
-    parser.add_argument("--prompts", nargs="+", type=Path, default=HELDOUT, help="files in the data format")
+    parser.add_argument("--prompts", nargs="+", type=Path, default=PROMPTS, help="files in the data format")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--ablations", type=Path, help="folder of drafter folders, TARGET-NAME each")
     given = read(parser)

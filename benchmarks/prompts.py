@@ -7,17 +7,14 @@ from itertools import chain
 from pathlib import Path
 
 from speculens import Conversation, Message
-from speculens.data.sources import JsonLines
+from speculens.bench.suites import from_files
 
 HELDOUT = Path(__file__).parents[1] / "testbed" / "heldout"
 
 
 def questions(files: Sequence[Path], limit: int) -> list[Conversation]:
     """The first question of each row, taken from the files in turn."""
-    sources = [JsonLines([str(file)]) for file in files]
-    longest = max(len(source) for source in sources)
-    mixed = chain.from_iterable([source[i] for source in sources if i < len(source)] for i in range(longest))
-    return [Conversation(row.messages[:1]) for row in list(mixed)[:limit]]
+    return [Conversation(case.conversation().messages[:1]) for case in from_files(files)[:limit]]
 
 
 def with_pictures(asked: Sequence[Conversation], pictures: int) -> list[Conversation]:

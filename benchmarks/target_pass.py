@@ -1,7 +1,8 @@
-r"""What a target pass costs, and what its parts cost: kernels checked, then timed beside what they replace.
+r"""What a target pass and growing a tree cost, and their parts: kernels checked, then timed beside what they replace.
 
-    python benchmarks/target_pass.py --out target_pass.json   (a GPU, about two minutes)
-    python benchmarks/target_pass.py --tiny                   (any machine: runs every line, says nothing of speed)
+    python -m benchmarks.target_pass --out target_pass.json   (a GPU, about two minutes)
+    python -m benchmarks.target_pass --products               (a GPU, 90 seconds: products of few rows by tile)
+    python -m benchmarks.target_pass --tiny                   (any machine: runs every line, says nothing of speed)
 
 A pass over one node reads all weights once; that time is the floor, printed beside each figure. Everything is timed as
 a replayed CUDA graph, median of `--repeats`. Decoders have the shapes of 7B models and random weights. Parts that fail
@@ -16,8 +17,10 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.shapes import SEVEN_B, Shape
 from speculens import ops
+from speculens import tree as tree_file
 from speculens.attention import TreeMask, folded_attention, tree_attention
 from speculens.cache import SlotCache, cache_arguments
+from speculens.drafters import grow as grow_file
+from speculens.drafters.grow import Beam, Created, best, extend, grow, likeliest
 from speculens.targets.attention import NAME
 from speculens.targets.fused import FusedDecoder
-from speculens.tree import DraftTree
+from speculens.tree import DraftTree, TreeShape
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -39,26 +46,25 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 PREFIX, BUCKET, NODES = 1200, 1280, 60
 START = time.perf_counter()
 FIGURES: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's size, as the configs of transformers spell it."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    inner: int
-    vocabulary: int
-    bias: bool
-
-
-SHAPES = {
-    "qwen2.5-vl-7b": Shape(28, 3584, 28, 4, 18944, 152064, bias=True),
-    "llava-1.5-7b": Shape(32, 4096, 32, 32, 11008, 32064, bias=False),
-}
 TINY = {"tiny": Shape(2, 64, 4, 2, 96, 320, bias=True)}
+ROW_COUNTS = (10, 16, 32, NODES)
+ROW_TILES = [  # outputs, inputs, warps, programs a processor: see `kernels.Tile`
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 128, 4, 2),
+    (64, 256, 4, 1),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 1),
+    (128, 128, 4, 1),
+    (128, 128, 8, 1),
+    (128, 128, 8, 2),
+    (256, 64, 8, 1),
+    (256, 64, 8, 2),
+    (256, 128, 8, 1),
+]
+VOCABULARIES = (32064, 32768, 152064)
 TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
 
 
@@ -67,19 +73,25 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
+    parser.add_argument("--products", action="store_true", help="only the products of few rows, by tile")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
     repeats = 2 if given.tiny else given.repeats
     FIGURES["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
     FIGURES["torch"] = torch.__version__
-    part("correct", check_kernels)
-    part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
-    for name, shape in (TINY if given.tiny else SHAPES).items():
-        part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+    shapes = TINY if given.tiny else SEVEN_B
+    if given.products:
+        part("products_of_few_rows", lambda: time_few_rows(shapes, repeats))
+    else:
+        part("correct", check_kernels)
+        part("drafting", lambda: time_drafting(repeats, *(((320,), 64) if given.tiny else (VOCABULARIES, 3584))))
+        part("attention", lambda: time_attention(repeats, (128,) if given.tiny else (PREFIX, 8192, 32768)))
+        for name, shape in shapes.items():
+            part(name, lambda name=name, shape=shape: time_decoder(name, shape, repeats))
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
     FIGURES["seconds"] = round(time.perf_counter() - START, 1)
     line = json.dumps(FIGURES)
     if given.out:
@@ -127,6 +139,20 @@ def clock(run: Callable[[], Any], repeats: int, inner: int = 1) -> float:
         after.record()
     torch.cuda.synchronize()
     return statistics.median(before.elapsed_time(after) for before, after in events) / inner
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """No kernels of ours in here, attention apart."""
+    files = ops, grow_file, tree_file
+    chosen = [file.kernels_for for file in files]
+    try:
+        for file in files:
+            file.kernels_for = lambda *_: None
+        yield
+    finally:
+        for file, own in zip(files, chosen, strict=True):
+            file.kernels_for = own
 
 
 # Correctness
@@ -180,9 +206,10 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
         for states, norms in ((joined.clone(), gains), (joined.double(), wide)):
             cache = _cache(2, 64, 2, 128, 1, states.dtype, [7, 30], 5)
             turn = cos.to(states.dtype), sin.to(states.dtype)
-            outs.append(ops.rotate_into(cache, 0, states, *turn, cache.lengths, norms))
+            outs.append(ops.rotate_into(cache, 0, states, *turn, norms))
         for what, got, want in zip(("queries", "keys", "values"), *outs, strict=True):
             compare(f"rotate_into {what} {'with' if gains else 'without'} norms", got, want)
+    _check_drafting(compare, generator)
     if CUDA:
         from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
 
@@ -192,6 +219,10 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
             for tile in TILES:
                 got = kernels.linear_row(row, weight, bias, block_n=tile[0], block_k=tile[1], num_warps=tile[2])
                 compare(f"linear_row {outputs}x{inputs} {tile}", got, want)
+            for rows in (2, 16, 33, 64):
+                states = randn(1, rows, inputs)
+                want = F.linear(states.double(), weight.double(), bias.double())
+                compare(f"linear_rows {outputs}x{inputs} N={rows}", kernels.linear_rows(states, weight, bias), want)
     return errors
 
 
@@ -205,6 +236,80 @@ def _cache(
     cache.extents[:] = lengths
     cache.aim(range(slots), n)
     return cache
+
+
+def _check_drafting(compare: Callable[[str, Tensor, Tensor], None], generator: torch.Generator) -> None:
+    for size, count, dtype in ((152064, 10, DTYPE), (32064, 16, DTYPE), (1000, 32, torch.float32), (40, 1, DTYPE)):
+        logits = torch.randn(2, 5, size, generator=generator).to(DEVICE, dtype)
+        scores, tokens = likeliest(logits, count)
+        with plain_torch():
+            want, theirs = likeliest(logits, count)
+        compare(f"likeliest {size} scores", scores, want)
+        # Several logits may be equal, so that other tokens are as good, but none may come twice.
+        compare(f"likeliest {size} logits", logits.gather(-1, tokens), logits.gather(-1, theirs))
+        distinct = torch.tensor([len(row.unique()) for row in tokens.flatten(0, 1)])
+        compare(f"likeliest {size} distinct tokens", distinct, torch.full_like(distinct, count))
+    for shape in (TreeShape(), TreeShape(2, 4, 20), TreeShape(6, 12, 250), TreeShape(0, 1, 2), TreeShape(9, 1, 60)):
+        head, embed = (torch.randn(64, 500, generator=generator).to(DEVICE) for _ in "he")
+        hidden, roots = torch.randn(3, 64, generator=generator).to(DEVICE), torch.arange(3, device=DEVICE)
+
+        def propose(hidden: Tensor, count: int, head: Tensor = head) -> tuple[Tensor, Tensor]:
+            return (hidden @ head).log_softmax(-1).topk(count)
+
+        def expand(tokens: Tensor, above: Tensor, _: int, lineage: Tensor, embed: Tensor = embed) -> Tensor:
+            return (embed.T[tokens] + above + lineage.sum(2, keepdim=True)).sin()
+
+        tree = grow(roots, hidden, propose, expand, shape)
+        want = torch.zeros_like(tree.tokens).scatter_(1, tree.parents, tree.tokens)  # some child of each node
+        path, counts = tree.follow(want)
+        with plain_torch():
+            same = grow(roots, hidden, propose, expand, shape)
+            their_path, their_counts = same.follow(want)
+        compare(f"follow {shape.levels} levels: counts", counts, their_counts)
+        beyond = torch.arange(path.shape[1], device=DEVICE) >= counts[:, None]
+        compare(f"follow {shape.levels} levels: path", *(1 + p.masked_fill(beyond, 0) for p in (path, their_path)))
+        for what in ("tokens", "parents", "depth", "live", "ancestors"):
+            compare(f"grow {shape.levels} levels: {what}", 1 + getattr(tree, what), 1 + getattr(same, what))
+
+
+# Growing a tree
+
+
+def time_drafting(repeats: int, vocabularies: tuple[int, ...], size: int) -> dict[str, Any]:
+    """The default tree's growth step by step, without the drafter's layer, and following it: microseconds each.
+
+    size  of the hidden rows
+    """
+    shape = TreeShape()
+    width = shape.topk
+    roots = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    hidden = torch.randn(1, width, size, device=DEVICE, dtype=DTYPE)
+    runs: dict[str, Callable[[], Any]] = {}
+    for vocabulary in vocabularies:
+        logits = torch.randn(1, width, vocabulary, device=DEVICE, dtype=DTYPE)
+        for rows in (1, width):
+            runs[f"likeliest of {rows} x {vocabulary}"] = lambda x=logits[:, :rows]: likeliest(x, width)
+
+        def propose(above: Tensor, count: int, logits: Tensor = logits) -> tuple[Tensor, Tensor]:
+            return likeliest(logits[:, : above.shape[1]], count)
+
+        runs[f"all of grow, {vocabulary}"] = lambda propose=propose: grow(
+            roots, hidden[:, 0], propose, lambda _tokens, above, *_: above, shape
+        )
+    created, (gains, drafted) = Created.under(roots, shape.candidates), likeliest(logits, width)
+    own = torch.eye(width, dtype=torch.bool, device=DEVICE)[None]
+    beam = Beam(gains[:, 0], drafted[:, 0], drafted[:, 0], own, hidden)
+    runs["extend"] = lambda: extend(created, beam, hidden, gains, drafted, 1 + width, 2)
+    runs["best"] = lambda: best(created, shape)
+    tree = _tree(NODES, 300)
+    runs["follow"] = lambda: tree.follow(tree.tokens)
+    found = {}
+    for what, run in runs.items():
+        found[what] = 1e3 * clock(run, repeats, 20)
+        with plain_torch():
+            found[f"{what}, plain torch"] = 1e3 * clock(run, max(10, repeats // 3), 5)
+        say(f"drafting: {what} {found[what]:.1f} us, in plain torch {found[f'{what}, plain torch']:.1f} us")
+    return found
 
 
 # Attention alone
@@ -270,7 +375,7 @@ def _tree(nodes: int, vocabulary: int) -> DraftTree:
 def _model(shape: Shape) -> Any:
     common = dict(
         hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
+        intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -317,7 +422,8 @@ def time_decoder(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
 
         def ours(tree: DraftTree = tree, cache: SlotCache = cache) -> Tensor:
             mask = TreeMask(cache.lengths, tree.ancestors, tree.depth)
-            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, mask)
+            attend = partial(tree_attention, mask=mask)
+            return fused(decoder.embed_tokens(tree.tokens), PREFIX + tree.depth, cache, attend)
 
         for way, run in (("hf", theirs), ("fused", ours)):
             hidden[way, nodes] = run().clone()
@@ -390,26 +496,168 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
     stream = torch.randn(1, nodes, shape.hidden, device=DEVICE, dtype=DTYPE)
     update, gain = torch.randn_like(stream), torch.ones(shape.hidden, device=DEVICE, dtype=DTYPE)
     joined = torch.randn(1, nodes, (shape.heads + 2 * shape.kv_heads) * dim, device=DEVICE, dtype=DTYPE)
-    gate_up = torch.randn(1, nodes, 2 * shape.inner, device=DEVICE, dtype=DTYPE)
+    gate_up = torch.randn(1, nodes, 2 * shape.mlp, device=DEVICE, dtype=DTYPE)
     cos, sin = decoder.rotary_emb(stream, PREFIX + tree.depth)
-    queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths)
+    queries, keys, values = ops.rotate_into(cache, 0, joined, cos, sin)
     runs = {
         "attention": lambda: tree_attention(queries, keys, values, mask),
         "add_norm": lambda: ops.add_norm(stream, update, gain, 1e-6),
-        "rotate_into": lambda: ops.rotate_into(cache, 0, joined, cos, sin, cache.lengths),
+        "rotate_into": lambda: ops.rotate_into(cache, 0, joined, cos, sin),
         "swiglu": lambda: ops.swiglu(gate_up),
     }
     found = {what: 1e3 * clock(run, repeats, 20) for what, run in runs.items()}
     found["rotary_emb once a pass"] = 1e3 * clock(lambda: decoder.rotary_emb(stream, PREFIX + tree.depth), repeats, 5)
-    chosen = ops.kernels_for
-    try:
-        ops.kernels_for = lambda _: None
+    with plain_torch():
         for what in ("add_norm", "rotate_into", "swiglu"):
             found[f"{what} in plain torch"] = 1e3 * clock(runs[what], repeats, 20)
-    finally:
-        ops.kernels_for = chosen
     say(f"{name}: N={nodes} " + ", ".join(f"{what} {us:.1f} us" for what, us in found.items()))
     return found
+
+
+# Products of few rows
+
+
+def time_few_rows(shapes: dict[str, Shape], repeats: int) -> dict[str, Any]:
+    """The library's products against `linear_rows` by tile, microseconds of each, and milliseconds of all in a pass."""
+    from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
+
+    tiles = [kernels.Tile(*sizes) for sizes in ROW_TILES]
+    products = {name: _products_of(shape) for name, shape in shapes.items()}
+    broken = _compile_tiles([size for own in products.values() for size in own.values()], tiles)
+    say(f"compiled; {len(broken)} failed")
+    lines, passes = [], {}
+    for name, shape in shapes.items():
+        own = [
+            {"model": name, "what": what} | line
+            for what, (outputs, inputs) in products[name].items()
+            for line in _few_rows(outputs, inputs, tiles, broken, max(2, repeats // 2))
+        ]
+        lines += own
+        passes[name] = {rows: _pass_by_tile(own, shape, rows) for rows in ROW_COUNTS}
+        for rows, spent in passes[name].items():
+            say(f"{name}: all products of a pass over {rows} rows, ms: {json.dumps(spent)}")
+    return {"lines": lines, "pass_ms": passes, "failed": sorted(set(broken.values()))}
+
+
+def _products_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of a decoder's products, and of those that a drafter of its width has beside."""
+    dim = shape.hidden // shape.heads
+    found = {
+        "qkv": ((shape.heads + 2 * shape.kv_heads) * dim, shape.hidden),
+        "output": (shape.hidden, shape.heads * dim),
+        "gate_up": (2 * shape.mlp, shape.hidden),
+        "down": (shape.hidden, shape.mlp),
+        "head": (shape.vocabulary, shape.hidden),
+        "drafter's fusion": (shape.hidden, 2 * shape.hidden),
+    }
+    if shape.vocabulary > 32768:
+        found["drafter's head"] = (32768, shape.hidden)
+    return found
+
+
+def _variant(rows: int, outputs: int, inputs: int, tile: Any) -> tuple[Any, ...]:
+    """What Triton compiles anew for."""
+    from speculens import kernels  # noqa: PLC0415
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if CUDA else 4
+    parts = kernels.shares(outputs, inputs, tile, processors)[1]
+    return kernels.padded_rows(rows), parts, inputs % tile.inputs == 0, tile
+
+
+def _worthwhile(rows: int, tile: Any) -> bool:
+    """Whether something is in flight while a step along K is worked on."""
+    from speculens import kernels  # noqa: PLC0415
+
+    return kernels.stages(rows, tile, torch.empty(0, device=DEVICE, dtype=DTYPE)) >= 3
+
+
+def _compile_tiles(sizes: list[tuple[int, int]], tiles: list[Any]) -> dict[tuple[Any, ...], str]:
+    """Fill Triton's cache on disk in processes of their own; the variants that failed, and why."""
+    jobs = {
+        _variant(rows, *size, tile): (rows, *size, tile)
+        for tile in tiles
+        for size in sizes
+        for rows in ROW_COUNTS
+        if _worthwhile(rows, tile)
+    }
+    say(f"{len(jobs)} variants to compile")
+    with ProcessPoolExecutor(14 if CUDA else 1, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        errors = pool.map(_run_tile, jobs.values())
+        return {variant: f"{variant}: {error}" for variant, error in zip(jobs, errors, strict=True) if error}
+
+
+def _run_tile(job: tuple[int, int, int, Any]) -> str | None:
+    """Compile and launch once; why that failed."""
+    from speculens import kernels  # noqa: PLC0415
+
+    rows, outputs, inputs, tile = job
+    try:
+        x, weight = (torch.zeros(lines, inputs, device=DEVICE, dtype=DTYPE) for lines in (rows, outputs))
+        kernels.linear_rows(x, weight, tile=tile)
+        if CUDA:
+            torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - not every error of a compiler can be sent to another process
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def _few_rows(
+    outputs: int, inputs: int, tiles: list[Any], broken: dict[tuple[Any, ...], str], repeats: int
+) -> list[dict[str, Any]]:
+    """One product; as many copies of its weight in turn as no cache holds."""
+    from speculens import kernels  # noqa: PLC0415
+
+    copies = -(-400_000_000 // (outputs * inputs * 2)) if CUDA else 1
+    weights = torch.randn(copies, outputs, inputs, device=DEVICE, dtype=DTYPE).mul_(inputs**-0.5)
+    exact = weights[0].double()
+    lines = []
+    for rows in ROW_COUNTS:
+        x = torch.randn(1, rows, inputs, device=DEVICE, dtype=DTYPE)
+        want = x.double() @ exact.T
+
+        def spent(product: Callable[..., Tensor], x: Tensor = x) -> float:
+            return round(1e3 * clock(lambda: [product(x, weight) for weight in weights], repeats) / copies, 2)
+
+        line: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "rows": rows, "cublas_us": spent(F.linear)}
+        line["tiles_us"], line["wrong"] = {}, {}
+        for tile in tiles:
+            label = "x".join(map(str, tile))
+            if not _worthwhile(rows, tile) or _variant(rows, outputs, inputs, tile) in broken:
+                continue
+            product = partial(kernels.linear_rows, tile=tile)
+            try:
+                got = product(x, weights[0]).clone()
+                gap = float((got.double() - want).abs().max() / want.abs().max())
+                if not gap < 2e-2:
+                    line["wrong"][label] = gap
+                line["tiles_us"][label] = spent(product)
+                if not got.equal(product(x, weights[0])):
+                    line["wrong"][label] = f"{gap:.1e}, and not the same again"
+            except Exception as error:  # noqa: BLE001 - the other tiles still count
+                line["wrong"][label] = str(error)[:200]
+        lines.append(line)
+        gigabytes = outputs * inputs * weights.element_size() / 1e3
+        best = sorted(line["tiles_us"].items(), key=lambda pair: pair[1])[:3]
+        say(
+            f"{outputs:6d} x {inputs:5d}, {rows:2d} rows: cuBLAS {line['cublas_us']:6.1f} us "
+            f"({gigabytes / line['cublas_us']:4.0f} GB/s), ours "
+            + ", ".join(f"{label} {us:6.1f} ({gigabytes / us:4.0f})" for label, us in best)
+            + (f"  <-- WRONG {line['wrong']}" if line["wrong"] else "")
+        )
+    return lines
+
+
+def _pass_by_tile(lines: list[dict[str, Any]], shape: Shape, rows: int) -> dict[str, float]:
+    """Milliseconds of a decoder's products in a pass: by cuBLAS, each tile that can do all, and the best for each."""
+    times = {"cuBLAS": 0.0, "best of each": 0.0}
+    own = [line for line in lines if line["rows"] == rows and "drafter" not in line["what"]]
+    for line in own:
+        many = 1 if line["what"] == "head" else shape.layers
+        for tile, us in {"cuBLAS": line["cublas_us"]}.items() | line["tiles_us"].items():
+            times[tile] = times.get(tile, 0) + many * us / 1e3
+        times["best of each"] += many * min([line["cublas_us"], *line["tiles_us"].values()]) / 1e3
+    complete = {tile for tile in times if all(tile in line["tiles_us"] for line in own)} | {"cuBLAS", "best of each"}
+    return {tile: round(ms, 3) for tile, ms in sorted(times.items(), key=lambda pair: pair[1]) if tile in complete}
 
 
 if __name__ == "__main__":

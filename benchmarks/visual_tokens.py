@@ -1,7 +1,7 @@
 r"""What visual tokens cost each method: drafter's prefill, acceptance and speedup from 256 to 4,096 of them.
 
-    python benchmarks/visual_tokens.py --target testbed/weights/qwen2_5_vl --how larger --minutes 8 --out runs/larger
-    python benchmarks/visual_tokens.py --target testbed/weights/llava --how several --minutes 8 --out runs/several
+    python -m benchmarks.visual_tokens --target testbed/weights/qwen2_5_vl --how larger --minutes 8 --out runs/larger
+    python -m benchmarks.visual_tokens --target testbed/weights/llava --how several --minutes 8 --out runs/several
 
 larger   one picture scaled up, where the family's processor takes pictures of any size
 several  more pictures of the same size before the one that is asked about
@@ -22,8 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from methods import HELDOUT, arguments, beside, finish, loaded, measured, prompts_of, read
 
+from benchmarks.methods import PROMPTS, arguments, beside, finish, loaded, measured, prompts_of, read
 from speculens import load_target
 from speculens.bench.figures import POOLED
 from speculens.bench.suites import Case, from_files
@@ -57,7 +57,7 @@ def main() -> None:
         "| visual tokens | drafter | prefill: target ms | drafter ms | rows | length | speedup | decode alone | exact |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for size, cases in _sized(target, from_files(HELDOUT[:1]), given.limit, given.how, given.sizes):
+    for size, cases in _sized(target, from_files(PROMPTS[:1]), given.limit, given.how, given.sizes):
         seconds = given.minutes * 60 / len(given.sizes)
         made = measured(target, drafters, cases, asking, given, seconds, f"{size}")
         prompt = prompts_of(target, cases[:1], asking)[0]

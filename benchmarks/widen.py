@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.prompts import HELDOUT, questions
+from benchmarks.shapes import SEVEN_B, Shape
 from speculens import Engine, Sampling, Target, load_drafter, load_target
 from speculens.answer import Entry, ask
 from speculens.drafters import METHODS, Drafter, TrainedDrafter
@@ -46,24 +47,6 @@ from speculens.targets.attention import install_attention
 # What the constant is, how much of it the final norm hands on (so little that features keep their length), and how a
 # token that was added weighs it. Powers of two: exact in every format.
 LEVEL, FAINT, FORBIDDEN = 2.0**-5, 2.0**-20, -(2.0**60)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a text decoder; `hidden` is a multiple of the small one's width, 5 times it or more."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocabulary: int
-
-
-SEVEN_B = {
-    "qwen2_5_vl": Shape(layers=28, hidden=3584, heads=28, kv_heads=4, mlp=18944, vocabulary=152_064),
-    "llava": Shape(layers=32, hidden=4096, heads=32, kv_heads=32, mlp=11008, vocabulary=32_064),
-}
 
 
 @dataclass(frozen=True)
@@ -187,10 +170,12 @@ class _Layout:
     def layer(self, wide: nn.Module, small: nn.Module | None) -> None:
         """A decoder layer of the target or of a drafter: they have the same names. None makes it silent."""
         normed, stream = self.residual.normed, self.residual.stream
+        # Some drafters have no norm there: their attention reads the stream, with all its copies and the constant.
+        entered = normed if list(wide.get_submodule("input_layernorm").parameters()) else stream
         for name, out, into in (
-            ("self_attn.q_proj", self.queries, normed),
-            ("self_attn.k_proj", self.keys, normed),
-            ("self_attn.v_proj", self.keys, normed),
+            ("self_attn.q_proj", self.queries, entered),
+            ("self_attn.k_proj", self.keys, entered),
+            ("self_attn.v_proj", self.keys, entered),
             ("self_attn.o_proj", stream, self.queries),
             ("mlp.gate_proj", self.units, normed),
             ("mlp.up_proj", self.units, normed),
@@ -198,7 +183,7 @@ class _Layout:
         ):
             _place_linear(wide.get_submodule(name), None if small is None else small.get_submodule(name), out, into)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            if list(wide.get_submodule(name).parameters()):  # drafters may have none
+            if list(wide.get_submodule(name).parameters()):
                 place_vector(
                     wide.get_submodule(name).weight, None if small is None else small.get_submodule(name).weight, normed
                 )
@@ -208,7 +193,10 @@ class _Layout:
 
 
 def widen_target(small: Target, shape: Shape, *, device: torch.device | str, dtype: torch.dtype) -> Target:
-    """A real model of this shape, made on `device`, that says what `small` says. Its vision tower stays small."""
+    """A real model of this shape, made on `device`, that says what `small` says. Its vision tower stays small.
+
+    The shape's width is a multiple of the small one's, 5 times it or more; its `bias` is not read.
+    """
     text = small.text_config
     residual = Residual(small.hidden_size, shape.hidden, text.rms_norm_eps)
     dim = getattr(text, "head_dim", None) or small.hidden_size // text.num_attention_heads
@@ -436,8 +424,10 @@ def main() -> None:
         )
         entry = Entry(Path(name).name, other, one)
         lengths = [Stats.total(a.generation.stats for a in answers).mean_acceptance_length for answers in (one, other)]
-        rows.append({"drafter": entry.drafter, "exact": entry.exact / len(prompts), "lengths": lengths})
-        print(f"{entry.drafter:24s} equal {entry.exact}/{len(prompts)}  length {lengths[0]:.3f} -> {lengths[1]:.3f}")
+        rows.append({"drafter": entry.drafter, "exact": entry.num_exact / len(prompts), "lengths": lengths})
+        print(
+            f"{entry.drafter:24s} equal {entry.num_exact}/{len(prompts)}  length {lengths[0]:.3f} -> {lengths[1]:.3f}"
+        )
     print(json.dumps({"shape": dataclasses.asdict(shape), "dtype": str(given.dtype), "drafters": rows}))
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 import tiny
 from speculens.drafters import DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
 from speculens.drafters.base import Drafter, Lender
-from speculens.engine import Engine, Generation, Step
+from speculens.engine import Engine
 from speculens.features import Features
 from speculens.sampling import Sampling
+from speculens.slot import Generation, Step
 from speculens.targets import Prompt, Target
 from speculens.tree import DraftTree, TreeShape
 

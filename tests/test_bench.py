@@ -22,7 +22,7 @@ from speculens.bench.record import NONE, Record, RunFolder, read_records
 from speculens.checkpoints import save_drafter
 from speculens.data.respond import Asking
 from speculens.drafters import LookupDrafter
-from speculens.engine import Generation
+from speculens.slot import Generation
 from speculens.stats import Stats
 from speculens.targets import Target
 

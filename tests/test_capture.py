@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oracle import CAPACITY, Ask, oracle, prompt, target
 from speculens.capture import Recorder, column_bucket, row_bucket
+from speculens.costs import Costs
 from speculens.drafters import METHODS, LookupDrafter, NoDrafter
-from speculens.engine import Engine
+from speculens.engine import WARM, Engine
 from speculens.loop import Bucket
+from speculens.plan import ROOMY, Planner, ladder
 from speculens.sampling import Needs, Sampling
 from speculens.training.config import DrafterRecipe
 from speculens.training.student import make_drafter
@@ -235,6 +237,31 @@ def test_after_warming_up_nothing_is_recorded_any_more():
     engine.generate_all((requests("llava") * 3)[:9], many)
     assert engine._recorder.captures == captures
     assert engine._recorder.replays > 20
+
+
+def test_an_adaptive_plan_has_few_graphs_and_records_none_after_warming_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = Engine(target("llava"), guesser("eaglevlm", "llava"), slots=3, capacity=CAPACITY, shape="auto")
+    engine._recorder = Replica(engine)
+    engine.warm_up()
+    captures = engine._recorder.captures
+    assert captures == len(set(engine._buckets(WARM)))
+    many = [Sampling(temperature=i % 2, seed=i, max_new_tokens=3 + 5 * i % 17) for i in range(9)]
+    engine.generate_all((requests("llava") * 3)[:9], many)
+    assert engine._recorder.captures == captures
+
+
+@pytest.mark.parametrize(
+    ("slots", "capacity", "most"), [(1, 1024, 28), (1, 4096, 84), (16, 1024, 128), (16, 4096, 384), (32, 4096, 432)]
+)
+def test_graphs_of_an_adaptive_plan_are_bounded(slots, capacity, most, monkeypatch):
+    shapes = ladder(ROOMY)
+    engine = Engine(target("llava"), None, shape=Planner(shapes, Costs(shapes)))
+    monkeypatch.setattr(engine, "slots", slots)
+    monkeypatch.setattr(engine, "capacity", capacity)
+    buckets = engine._buckets(WARM)
+    assert len(set(buckets)) == len(buckets) == most
+    assert max(bucket.rows * bucket.shape.nodes for bucket in buckets) <= 256
 
 
 def test_warming_up_changes_nothing():

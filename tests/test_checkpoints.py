@@ -1,6 +1,7 @@
 """Drafters and targets on disk: what is written comes back, and what is broken is refused in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,26 @@ def test_a_drafter_is_loaded_in_the_dtype_of_its_target(folder, dtype):
     assert {p.dtype for p in load_drafter(folder, dtype=dtype).parameters()} == {dtype}
 
 
+def in_hub_cache(folder, cache, hub_id, commit="0" * 40):
+    """A folder as the hub's client keeps a repository that it has fetched."""
+    kept = cache / f"models--{hub_id.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, kept / "snapshots" / commit)
+
+
+def test_a_drafter_is_loaded_by_its_hub_id(folder, tmp_path, monkeypatch):
+    """From the client's own cache, without a network; an id that it has not fetched is refused by name."""
+    in_hub_cache(folder, tmp_path / "hub", "somebody/drafter")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded, saved = load_drafter("somebody/drafter", dtype=torch.float64), load_drafter(folder, dtype=torch.float64)
+    assert loaded.config == saved.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+    with pytest.raises(UserError, match="no drafter at somebody/else: it is neither a folder here nor a hub id"):
+        load_drafter("somebody/else")
+
+
 @pytest.mark.parametrize(("name", "kind"), [("none", NoDrafter), ("lookup", LookupDrafter)])
 def test_drafters_without_weights_go_by_name(name, kind):
     assert isinstance(load_drafter(name), kind)
@@ -83,6 +104,11 @@ BROKEN = {
     "unknown tree key": (lambda f: edit(f, lambda c: c["tree"].update(leaves=1)), "leaves"),
     "tree is a number": (lambda f: edit(f, lambda c: c.update(tree=7)), "tree"),
     "impossible tree": (lambda f: edit(f, lambda c: c["tree"].update(topk=0)), "topk"),
+    "a size is a text": (lambda f: edit(f, lambda c: c.update(target_hidden_size="big")), "must be a whole number"),
+    "a size below 0": (lambda f: edit(f, lambda c: c.update(head_dim=-8)), "head_dim must be above 0"),
+    "two layers": (lambda f: edit(f, lambda c: c.update(num_hidden_layers=2)), "num_hidden_layers must be 1"),
+    "unknown view": (lambda f: edit(f, lambda c: c.update(image_contract="half")), "did you mean"),
+    "options are a list": (lambda f: edit(f, lambda c: c.update(options=[1])), "options must be a section"),
     "missing key": (lambda f: edit(f, lambda c: c.pop("head_dim")), "head_dim"),
     "unknown method": (lambda f: edit(f, lambda c: c.update(speculator_type="psychic")), "psychic"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),

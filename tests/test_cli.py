@@ -1,10 +1,12 @@
 """The command line as a user meets it: what it prints where, JSON for machines, one sentence for every mistake."""
 
+import contextlib
 import errno
 import io
 import json
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import tiny
 from speculens import Conversation, Engine, Sampling, cli, demo, load_drafter, load_target
 from speculens.answer import Answer, Entry, Run, ask
 from speculens.checkpoints import save_drafter
+from speculens.cli.demo import Family
 from speculens.show import DRAFTED, Screen, count, size
 from speculens.tree import TreeShape
 
@@ -245,7 +248,7 @@ def test_an_inexact_answer_is_shown_as_such(drafted):
     other = replace(drafted, generation=replace(drafted.generation, tokens=tokens))
     shorter = replace(drafted, generation=replace(drafted.generation, tokens=tokens[:3]))
     entry = Entry("x", [drafted, other, shorter], [drafted] * 3)
-    assert entry.exact == 1
+    assert entry.num_exact == 1
     assert entry.differences == [None, 3, 3]
     assert entry.to_dict()["exact"] == pytest.approx(1 / 3)
 
@@ -368,7 +371,7 @@ def testbed(shelf, tmp_path_factory):
 def test_demo(run, testbed, tmp_path):
     page = tmp_path / "index.html"
     got = run("demo", "--testbed", testbed, "--out", page, "--max-new-tokens", 6)
-    assert [*cli.Family] == ["all", *demo.FAMILIES]
+    assert [*Family] == ["all", *demo.FAMILIES]
     assert (got.code, got.err) == (0, "")
     assert got.out.count(QUESTION) == 4  # two pictures, two families
     assert got.out.count("2 of 2") == 6  # three drafters, two families, all exact
@@ -421,8 +424,12 @@ def broken(shelf):
         state = load_file(root / name / "model.safetensors")
         next(value for key, value in state.items() if key.endswith(tensor.split(".")[0] + ".weight"))[0, 0] = torch.nan
         save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})
-    for name in ("short", "fewer"):
+    for name in ("short", "fewer", "list", "types", "llama"):
         shutil.copytree(shelf.llava, root / name)
+    config = json.loads((root / "types" / "config.json").read_text())
+    config["text_config"]["hidden_size"] = "large"
+    for name, values in (("list", [1]), ("types", config), ("llama", {"model_type": "llama"})):
+        (root / name / "config.json").write_text(json.dumps(values))
     weights = root / "short" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     state = load_file(root / "fewer" / "model.safetensors")
@@ -487,7 +494,12 @@ MISTAKES = {
     "stdin twice": (["generate", "--target", "{llava}", "--image", "-", "-"], "Standard input"),
     "no such device": (["generate", "--target", "{llava}", "--device", "abacus", "hi"], "device abacus cannot be used"),
     "nothing to inspect": (["inspect"], "--target"),
-    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no vision-language model"),
+    "inspect nothing": (["inspect", "--target", "{broken}"], "There is no model at"),
+    "config is no config": (["inspect", "--target", "{broken}/list"], "{broken}/list"),
+    "config of wrong types": (["generate", "--target", "{broken}/types", "hi"], "expected int, got str"),
+    "language model": (["inspect", "--target", "{broken}/llama"], "takes no pictures"),
+    "device without numbers": (["generate", "--target", "{llava}", "--device", "meta", "hi"], "device meta"),
+    "recipe is a picture": (["train", "-c", "{picture}"], "no text in UTF-8"),
     "unknown recipe key": (["train", "-c", "{broken}/recipe.yaml"], "did you mean objective?"),
     "no recipe": (["train", "-c", "{broken}/gone.yaml"], "cannot be read"),
     "bad override": (["train", "-c", "{broken}/recipe.yaml", "steps"], "section.key=value"),
@@ -498,7 +510,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("words", "phrase"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes(run, shelf, broken, words, phrase):
-    assert_one_sentence(run(*(word.format(broken=broken, **vars(shelf)) for word in words)), phrase)
+    names = {"broken": broken, **vars(shelf)}
+    assert_one_sentence(run(*(word.format(**names) for word in words)), phrase.format(**names))
 
 
 def raiser(error):
@@ -526,6 +539,33 @@ def test_our_own_mistakes_keep_their_traceback(run, shelf, monkeypatch):
     monkeypatch.setattr("speculens.answer.ask", raiser(ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         run("generate", "--target", shelf.llava, "hi")
+
+
+def test_a_question_that_is_no_text(run, shelf, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(shelf.picture).read_bytes()), "utf-8"))
+    assert_one_sentence(run("generate", "--target", shelf.llava, "-"), "Standard input holds no text")
+
+
+def test_a_full_disk_leaves_no_half_of_a_drafter(run, shelf, tmp_path, monkeypatch):
+    words = ("export", "--to", "ours", "--target", shelf.llava, "--drafter", shelf.eagle, "--out", tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr("speculens.checkpoints.ours.save_file", raiser(OSError(errno.ENOSPC, "No space left on device")))
+        assert_one_sentence(run(*words), "Make room and run the same command again")
+    assert list(tmp_path.iterdir()) == []
+    assert run(*words).code == 0
+
+
+def test_interrupting_an_import_is_quiet(run, shelf, monkeypatch):
+    """Amid an import KeyboardInterrupt may be swallowed, and what fails then is the import."""
+
+    def swallowed(*_: object, **__: object):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr("speculens.answer.ask", swallowed)
+    assert run("generate", "--target", shelf.llava, "hi") == Result(130, "", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupting_is_quiet(run, shelf, monkeypatch):

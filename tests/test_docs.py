@@ -16,7 +16,7 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "speculens"
-FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "examples", "benchmarks", ".ci")
+FOLDERS = ("src", "tests", "docs", "testbed", "recipes", "benchmarks", ".ci")
 TEXT = {".md", ".py", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".sh", ".jinja", ".cff", ""}
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users)/\w")
@@ -121,6 +121,14 @@ def test_snippets_parse_and_import_what_exists(page):
                 assert hasattr(importlib.import_module("speculens"), node.attr), f"speculens.{node.attr} does not exist"
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "library.md"], ids=name)
+def test_snippets_run_as_they_stand(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for body in fenced(page, "python"):
+        exec(compile(body, name(page), "exec"), {"__name__": "snippet"})  # noqa: S102 - what a reader would run
+        assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in {"LOG.md", "CHANGELOG.md"}], ids=name)
 def test_files_named_in_code_style_exist(page):
     """`targets/base.py` in prose is in the package, the repository or beside the page; histories name what is gone."""
@@ -165,7 +173,28 @@ def command_faults(words: list[str], offered: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_shown_commands_and_options_exist(page):
-    assert [fault for words in shown_commands(page, "speculens") for fault in command_faults(words, verbs())] == []
+    shown = list(shown_commands(page, "speculens"))
+    assert [fault for words in shown for fault in command_faults(words, verbs())] == []
+    for verb, *rest in shown:
+        verbs()[verb].make_context(verb, list(rest))  # raises where something is missing or of a wrong kind
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_shown_scripts_and_options_exist(page):
+    for program, *rest in shown_commands(page, "python"):
+        script = (rest[0].replace(".", "/") + ".py") if program == "-m" else program
+        folder = (ROOT / script).parent.glob("*.py")  # scripts of one folder share parsers
+        source = "".join(file.read_text(encoding="utf-8") for file in folder)
+        assert (ROOT / script).exists()
+        unknown = [word for word in rest if word.startswith("--") and f'"{word.partition("=")[0]}"' not in source]
+        assert not unknown, f"{script} has no {unknown}"
+
+
+def test_the_readmes_command_answers(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (asked,) = (words for words in shown_commands(ROOT / "README.md", "speculens") if words[0] == "generate")
+    assert importlib.import_module("speculens.cli").main([*asked, "--max-new-tokens", "16"]) == 0
+    assert "|" in capsys.readouterr().out
 
 
 def test_a_command_that_does_not_exist_is_caught(tmp_path):

@@ -6,6 +6,9 @@ import sys
 import pytest
 from benchmarks import fast
 
+from speculens import load_drafter, load_target
+from speculens.errors import UserError
+
 
 def test_a_dry_run_ends_in_one_line_of_json(monkeypatch, capsys, tmp_path):
     words = ["--target", "testbed/weights/llava", "--drafters", "testbed/weights/llava-eaglevlm"]
@@ -49,3 +52,16 @@ def test_a_round_that_time_runs_out_in_does_not_count():
     assert calls == [*"ab", *"ba", *"ab"]
     with pytest.raises(fast.OutOfTimeError):
         fast._rounds({"a": lambda: measure("a")}, 2)
+
+
+def test_slots_and_a_reduced_vocabulary():
+    """More slots get smaller trees; a trimmed drafter holds all that is ever said, or is refused."""
+    largest = [fast._words(fast._shapes(slots)[-1]) for slots in (1, 4, 16, 32)]
+    assert largest == ["5/10/60", "5/10/60", "4/4/16", "3/2/8"]
+    small, drafter = load_target("testbed/weights/llava"), load_drafter("testbed/weights/llava-eaglevlm")
+    whole = fast._trimmed(drafter, small, small.vocab_size)
+    assert whole.config.draft_vocab_size == len(whole.d2t) == small.vocab_size
+    assert not whole.training
+    for size in (small.vocab_size - 1, small.vocab_size + 1):
+        with pytest.raises(UserError, match="impossible"):
+            fast._trimmed(drafter, small, size)

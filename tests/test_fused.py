@@ -7,16 +7,27 @@ import pytest
 import torch
 
 import tiny
-from speculens.attention import TreeMask
+from speculens.attention import TreeMask, causal_attention
+from speculens.cache import SlotCache
+from speculens.drafters import METHODS
 from speculens.drafters.config import DrafterConfig
-from speculens.drafters.layer import DecoderLayer, causal_attention
+from speculens.drafters.layer import DecoderLayer, rotary
+from speculens.drafters.session import HeadSession
+from speculens.ops import Joined, add_norm
 from speculens.targets import Target
 from speculens.targets.fused import FusedDecoder, fuse
 from speculens.tree import DraftTree
+from test_methods import PUBLISHED, drafter
 
 FUSED = [name for name in tiny.FAMILIES if "gemma" not in name]  # Gemma's norms and activation are others
 CHAIN_AND_FORK = torch.tensor([[0, 0, 1, 1, 3, 0, 5]])
 DEPTH = torch.tensor([[0, 1, 2, 2, 3, 1, 2]])
+
+
+@pytest.fixture
+def norms_in_float32(monkeypatch):
+    """Fused layers norm in float32, as Hugging Face's do; torch's module in what it is given. Elsewhere they agree."""
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: add_norm(x, None, norm.weight, norm.eps)[1])
 
 
 def fresh(family: str, dtype: torch.dtype = torch.float64):
@@ -118,27 +129,155 @@ def test_the_mask_is_made_once_for_all_layers():
     assert mask.additive(20, torch.float32, window=2) is not mask.additive(20, torch.float32)
 
 
-def test_a_drafters_layer_joined_for_decoding_computes_and_trains_as_before():
-    config = DrafterConfig("eaglevlm", 32, 100, "llava", 48, 4, 2, 8)
+def test_a_target_of_fused_layers_never_calls_its_own_for_a_plain_prompt(monkeypatch):
+    target = Target(fresh("qwen2_5_vl"), tiny.processor("qwen2_5_vl"))
+    assert target.fused()
+    monkeypatch.setattr(type(target.decoder.layers[0]), "forward", _refuse)
+    session = target.session(1, 200)
+    session.prefill(target.encode(tiny.conversation("qwen2_5_vl", images=2)))
+    session.score(forked(1))
+
+
+@pytest.mark.parametrize("size", [None, 7])
+@pytest.mark.parametrize("family", FUSED)
+def test_a_prompt_taken_in_is_that_of_the_models_own_decoder(family, size):
+    """Two pictures, so that M-RoPE's axes differ; Qwen3-VL's deepstack leaves only its plain text to fused layers."""
+    target = Target(fresh(family), tiny.processor(family))
+    images = 0 if family == "qwen3_vl" else 2
+    prompt = target.encode(tiny.conversation(family, images=images))
+    ours, theirs = target.session(2, 200), target.session(2, 200)
+    theirs._fused = None
+    found = []
+    for session in (ours, theirs):
+        session.prefill(target.encode(tiny.conversation(family, images=1, seed=5)))
+        logits, features = _exhaust(session.pieces(prompt, size))
+        found.append((logits, features.hidden, session._offsets, *_held(session.cache, len(prompt))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_columns_beyond_a_sliding_window_are_left_to_the_models_own_decoder():
+    target = Target(fresh("llava"), tiny.processor("llava"))
+    session = target.session(1, 200)
+    fused = session._fused
+    fused._layers[1] = replace(fused._layers[1], window=20)
+    assert fused.reach == 20
+    prompt = target.encode(tiny.conversation("llava"))
+    want = _exhaust(target.session(1, 200).pieces(prompt))[0]
+    calls = []
+    for layer in target.decoder.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    got = _exhaust(session.pieces(prompt, 15))[0]
+    assert len(calls) == len(target.decoder.layers) * (-(-len(prompt) // 15) - 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def _refuse(*_args: object, **_kwargs: object):
+    raise AssertionError("not the fused layers")
+
+
+def _exhaust(pieces):
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def _held(cache, length):
+    cache.aim(range(1, 2), 0)
+    return [part[:, :, :length].clone() for part in cache.views(1)]
+
+
+@pytest.mark.usefixtures("norms_in_float32")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("input_norm", [False, True], ids=["as EAGLE", "input norm"])
+def test_a_drafters_fused_layer_computes_what_its_module_does_and_trains_it(input_norm, bias):
+    config = DrafterConfig("eaglevlm", 32, 100, "llava", 48, 4, 2, 8, input_norm=input_norm, qkv_bias=bias)
     torch.manual_seed(0)
-    plain = DecoderLayer(replace(config, qkv_bias=True)).double()
+    plain = DecoderLayer(config).double()
     joined = copy.deepcopy(plain)
-    joined.join()
     rows, positions = torch.randn(2, 5, 32, dtype=torch.float64), torch.arange(5).expand(2, -1)
-    with torch.no_grad():
-        torch.testing.assert_close(joined(rows, positions, causal_attention), plain(rows, positions, causal_attention))
+
+    @torch.no_grad()
+    def assert_same(ours: DecoderLayer, theirs: DecoderLayer) -> None:
+        cache = SlotCache(slots=2, capacity=8, heads=2, head_dim=8, dtype=rows.dtype, devices=[rows.device])
+        cache.aim(range(2), 5)
+        turn = rotary(positions, 8, config.rope_theta, rows.dtype)
+        stream, update = ours.fused()(rows, None, turn, cache, 0, causal_attention)
+        want = theirs(rows, positions, causal_attention)
+        torch.testing.assert_close(stream + update, want, rtol=0, atol=1e-12)
+
+    assert_same(joined, plain)
     assert list(joined.state_dict()) == list(plain.state_dict())
     for layer in (plain, joined):
         layer(rows, positions, causal_attention).square().sum().backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
     for (name, weight), other in zip(joined.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight, other, msg=name)
-    with torch.no_grad():  # the update went into the joined weights too, and a copy does not read the original's
-        torch.testing.assert_close(joined(rows, positions, causal_attention), plain(rows, positions, causal_attention))
-        copied = copy.deepcopy(joined)
-        copied.self_attn.q_proj.weight.zero_()
-        expected = copy.deepcopy(plain)
-        expected.self_attn.q_proj.weight.zero_()
-        torch.testing.assert_close(
-            copied(rows, positions, causal_attention), expected(rows, positions, causal_attention)
-        )
+    assert_same(joined, plain)  # the update went into the joined weights, too
+    with torch.no_grad():
+        copied, expected = copy.deepcopy(joined), copy.deepcopy(plain)
+        for layer in (copied, expected):  # a copy does not read the original's
+            layer.self_attn.q_proj.weight.zero_()
+    assert_same(copied, expected)
+
+
+def test_projections_that_cannot_be_joined_run_one_after_another():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers = [torch.nn.Linear(4, 6), Doubled(4, 2)]
+    joined, x = Joined(layers), torch.randn(3, 4)
+    assert joined.intact
+    assert torch.equal(joined(x), torch.cat([layers[0](x), layers[1](x)], -1))
+
+
+@pytest.mark.usefixtures("norms_in_float32")
+@pytest.mark.parametrize(
+    ("method", "published"), [*((name, False) for name in METHODS), *((name, True) for name in PUBLISHED)]
+)
+def test_a_session_drafts_what_a_methods_module_would(method, published, monkeypatch):
+    """Trees, hidden states and keys over some rounds, of slots with pictures and without. By Qwen: qkv has a bias."""
+    guesser = copy.deepcopy(drafter(method, "qwen2_5_vl", published=published))
+    found = [_rounds(guesser)]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(guesser), "forward", _refuse)
+        patched.setattr(DecoderLayer, "forward", _refuse)
+        found.append(_rounds(guesser))
+    monkeypatch.setattr(HeadSession, "_run", _by_module)
+    found.append(_rounds(guesser))
+    for other in found[1:]:
+        for got, want in zip(found[0], other, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def _by_module(self, rows, _turn, attend, step):
+    def into(queries, keys, values):
+        return attend(queries, *self.cache.write(0, keys, values))
+
+    return self.drafter(rows, into, step)
+
+
+def _rounds(guesser) -> list[torch.Tensor]:
+    made = Target(tiny.model("qwen2_5_vl"), tiny.processor("qwen2_5_vl"))
+    teacher, session = made.session(3, 200), guesser.session(made, 3, 200)
+    roots = []
+    for images in (1, 0, 2):
+        logits, features = teacher.prefill(made.encode(tiny.conversation("qwen2_5_vl", images=images)))
+        roots.append(logits[0, -1].argmax())
+        session.begin(features, roots[-1][None])
+    found, roots = [], torch.stack(roots)
+    for counts in ([1, 2, 0], [3, 1, 1]):
+        tree = session.draft(roots)
+        assert any(tree.depth.flatten() > 1)
+        hidden = teacher.score(tree)[1][:, :3]
+        observed = torch.tensor(counts)
+        session.observe(hidden, tree.tokens[:, 1:4], observed)
+        session.settle([[0] * count for count in counts])
+        session.cache.aim(range(3), 0)
+        real = torch.arange(session.cache.columns) < session.cache.lengths[:, None]
+        keys = session.cache.views(0)[0].transpose(1, 2)[real]
+        found += [tree.tokens, tree.parents, session._hidden.clone(), session._position.clone(), keys.clone()]
+    return found

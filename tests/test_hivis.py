@@ -310,7 +310,7 @@ def test_a_saved_drafter_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"boarder": "paper"}, "no option boarder; it knows positions, border"),
+        ({"boarder": "paper"}, "unknown key boarder; did you mean border"),
         ({"border": "none"}, "border of HiViS is one of paper, after, vllm, not none"),
         ({"positions": "none"}, "positions of HiViS is one of"),
         ({"frame": [1]}, "two token ids or none"),

@@ -81,7 +81,7 @@ def test_a_row_that_sees_nothing_gives_zeros_and_no_nan():
 
 @pytest.mark.parametrize("gains", [False, True], ids=["plain", "norms on heads"])
 @pytest.mark.parametrize("dim", [64, 80])
-def test_rotation_into_the_cache(dim, gains):
+def test_rotation_into_the_cache(dim, gains, monkeypatch):
     caches = []
     heads, kv_heads, nodes = 4, 2, 3
     joined, cos, sin = randn(2, nodes, (heads + 2 * kv_heads) * dim), randn(2, nodes, dim), randn(2, nodes, dim)
@@ -94,10 +94,11 @@ def test_rotation_into_the_cache(dim, gains):
             cache.admit()
         cache.lengths += torch.tensor([4, 11], device=DEVICE)
         cache.settle([4, 11])
-        cache.aim(range(2), nodes)
+        cache.aim(range(2), nodes, start=3)
         caches.append(cache)
-    want, *_ = ops.rotate_into(caches[0], 1, joined, cos, sin, caches[0].lengths, norms)
-    got = kernels.rotate_into(joined.clone(), cos, sin, *caches[1].views(1), caches[1].lengths, norms)
+    want, *_ = ops.rotate_into(caches[0], 1, joined, cos, sin, norms)
+    monkeypatch.setattr(ops, "kernels_for", lambda _: kernels)
+    got, *_ = ops.rotate_into(caches[1], 1, joined.clone(), cos, sin, norms)
     torch.testing.assert_close(got, want)
     for mine, theirs in zip(caches[1].views(1), caches[0].views(1), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -129,23 +130,61 @@ def test_linear_on_one_row(outputs, inputs, bias):
     )
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "tile", "splits"),
+    [
+        (2, 40, 64, kernels.Tile(16, 32, 4, 1), 1),  # three tiles for four processors: the last is not full
+        (10, 37, 100, kernels.Tile(16, 32, 4, 2), 2),  # nothing is a multiple of its block
+        (17, 70, 96, kernels.Tile(16, 32, 4, 1), 3),  # four whole tiles, and the fifth in parts
+        (33, 16, 500, kernels.Tile(16, 32, 4, 4), 8),
+        (60, 128, 64, kernels.TILE, 1),
+    ],
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_single_row_without_gradients_takes_the_kernel(monkeypatch, bias):
+def test_linear_on_a_few_rows(monkeypatch, dtype, rows, outputs, inputs, tile, splits, bias):
+    monkeypatch.setattr(kernels, "_processors", lambda _: 4)
+    assert kernels.shares(outputs, inputs, tile, 4)[1] == splits
+    storage = randn(outputs, inputs + 32, dtype=dtype)  # a weight may be a slice of a wider one
+    x, weight = randn(2, rows, inputs, dtype=dtype)[:1], storage[:, :inputs]
+    added = randn(outputs, dtype=dtype) if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    once, again = (kernels.linear_rows(x, weight, added, tile=tile) for _ in range(2))
+    torch.testing.assert_close(once.double(), want, **CLOSE[dtype])
+    assert once.equal(again)  # the counters of arrivals are zero again
+
+
+def test_parts_fill_the_device_and_cover_each_column_once():
+    """The products of two 7B models on 132 processors: (whole tiles, parts of each other tile)."""
+    tile = kernels.Tile(128, 64, 8, 2)
+    found = {}
+    for outputs, inputs in [(37888, 3584), (3584, 18944), (3584, 3584), (4608, 3584), (152064, 3584), (32768, 3584)]:
+        whole, splits, share = kernels.shares(outputs, inputs, tile, 132)
+        found[outputs, inputs] = whole, splits
+        assert share * (splits - 1) < inputs <= share * splits and share % tile.inputs == 0
+        assert (outputs // tile.outputs - whole) * splits <= 264
+    assert list(found.values()) == [(264, 8), (0, 8), (0, 8), (0, 7), (1056, 2), (256, 1)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_without_gradients_take_the_kernels(monkeypatch, bias):
     dtype = torch.float16
     layer = torch.nn.Linear(700, 37, bias=bias).to(DEVICE, dtype)
-    one, many = randn(1, 1, 700, dtype=dtype), randn(1, 2, 700, dtype=dtype)
-    with torch.no_grad():
-        want = layer(one)
-        assert ops.linear(one, layer.weight, layer.bias).equal(want)
-        monkeypatch.setattr(ops, "kernels_for", lambda _: kernels)
-        taken = []
-        own = kernels.linear_row
-        monkeypatch.setattr(kernels, "linear_row", lambda *given: taken.append(given) or own(*given))
-        torch.testing.assert_close(ops.linear(one, layer.weight, layer.bias), want, **CLOSE[dtype])
-        ops.linear(many, layer.weight, layer.bias)
-    assert len(taken) == 1
-    ops.linear(one, layer.weight, layer.bias).sum().backward()  # training keeps torch's, which has gradients
-    assert len(taken) == 1 and layer.weight.grad is not None
+    monkeypatch.setattr(ops, "STREAMED_ROWS", 3)
+    taken = []
+    for name in ("linear_row", "linear_rows"):
+        own = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *x, own=own, name=name: taken.append(name) or own(*x))
+    for rows in (1, 3, 4):
+        x = randn(1, rows, 700, dtype=dtype)
+        with torch.no_grad():
+            monkeypatch.setattr(ops, "kernels_for", lambda _: None)
+            want = layer(x)
+            assert ops.linear(x, layer.weight, layer.bias).equal(want)
+            monkeypatch.setattr(ops, "kernels_for", lambda _: kernels)
+            torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), want, **CLOSE[dtype])
+        ops.linear(x, layer.weight, layer.bias).sum().backward()  # training keeps torch's, which has gradients
+    assert taken == ["linear_row", "linear_rows"] and layer.weight.grad is not None
 
 
 def test_the_default_number_of_splits(monkeypatch):

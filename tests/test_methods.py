@@ -6,12 +6,14 @@ What is special to a method (its view, its formulas, its options) is in its own 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import tiny
-from oracle import CAPACITY, Ask, assert_exact, prompt, target
+from oracle import CAPACITY, Ask, assert_exact, oracle, prompt, target
 from speculens.checkpoints import LAYOUTS, load_drafter, save_drafter, save_published
 from speculens.drafters import METHODS, TrainedDrafter
 from speculens.engine import Engine
@@ -20,6 +22,7 @@ from speculens.training.config import DrafterRecipe
 from speculens.training.student import make_drafter
 from speculens.tree import TreeShape
 from test_exactness import asks
+from test_grow import lines_of
 
 TREE = TreeShape(num_steps=2, topk=3, num_draft_tokens=9)
 LENGTHS = (12, 9, 7, 10)
@@ -93,3 +96,78 @@ def test_it_goes_through_its_published_layout_and_drafts_the_same(method, family
     made, lender = drafter(method, family, published=True), target(family)
     folder = save_published(made, PUBLISHED[method], tmp_path, lender)
     assert drafts(load_drafter(folder, dtype=lender.dtype, target=lender), family) == drafts(made, family)
+
+
+# The drafter's own state
+
+
+class Both:
+    """Drafts the oracle's trees, so that paths are long, and lets another drafter's session see everything."""
+
+    name = "both"
+
+    def __init__(self, oracle: Any, followed: Any) -> None:
+        self._oracle, self._followed, self.trees = oracle, followed, []
+
+    def session(self, *args: Any) -> Both:
+        self._inner = self._oracle.session(*args)
+        self.nodes, self.state, self.nbytes = self._inner.nodes, None, 0
+        return self
+
+    def begin(self, features, first):
+        self._inner.begin(features, first)
+        self._followed.begin(features, first)
+
+    def draft(self, roots, *_: object):
+        self.trees.append(self._followed.draft(roots))
+        return self._inner.draft(roots)
+
+    def observe(self, hidden, tokens, counts, horizon=0):
+        self._inner.observe(hidden, tokens, counts)
+        self._followed.observe(hidden, tokens, counts)
+
+    def settle(self, accepted):
+        self._inner.settle(accepted)
+        self._followed.settle(accepted)
+
+    def free(self, row):
+        self._inner.free(row)
+        self._followed.free(row)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_while_decoding_equal_drafts_from_a_fresh_start(method, family):
+    """What was accepted, in a batch, leaves a drafter in the state that the whole text would have led to.
+
+    Also in a slot that took the row of one that ended.
+    """
+    asks, samplings = [Ask(), Ask(images=2, seed=1)], [Sampling(max_new_tokens=20)] * 2
+    guesser = drafter(method, family)
+    both = Both(oracle(family, asks, samplings), guesser.session(target(family), 2, CAPACITY))
+    engine = Engine(target(family), both, slots=2, capacity=CAPACITY)
+    running = [(engine.admit(prompt(family, ask), s).slot, ask) for ask, s in zip(asks, samplings, strict=True)]
+    for _ in range(4):
+        if len(both.trees) == 2:
+            engine.cancel(running.pop(0)[0])
+        before = [list(slot.tokens) for slot, _ in running]
+        engine.step()
+        for row, ((_, ask), tokens) in enumerate(zip(running, before, strict=True)):
+            assert lines_of(both.trees[-1], row) == lines_of(fresh_draft(guesser, family, ask, tokens), 0)
+    assert len(tokens) > 4
+
+
+def fresh_draft(guesser, family, ask, tokens):
+    """The tree on top of prompt and `tokens`, by one pass over all of it."""
+    made_for, asked = target(family), prompt(family, ask)
+    ids = torch.cat([asked.ids, torch.tensor(tokens[:-1], dtype=torch.long)])[None]
+    inputs = {**asked.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more = len(tokens) - 1
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, more))
+    features = made_for.teach(inputs, torch.nn.functional.pad(asked.image, (0, more))[None])
+    answer = torch.arange(ids.shape[1])[None] >= len(asked)  # a gate hears the question alone
+    session = guesser.session(made_for, 1, CAPACITY)
+    session.begin(replace(features, answer=answer), torch.tensor(tokens[-1:]))
+    return session.draft(torch.tensor(tokens[-1:]))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 import laws
-import test_grow
+import test_methods
 import tiny
 from oracle import Ask, NotExactError, assert_exact, compare, oracle, prompt, reference, target
 from speculens import attention, sampling
@@ -20,6 +20,7 @@ from speculens.drafters.session import HeadSession
 from speculens.engine import Engine
 from speculens.loop import Loop
 from speculens.sampling import Sampling
+from speculens.slot import Slot
 from speculens.targets import Target, TargetSession
 from speculens.tree import DraftTree
 from test_capture import WIDE, Replica, guesser
@@ -80,7 +81,7 @@ def replayed() -> None:
 def same_drafts() -> None:
     """What was accepted leaves the drafter as if it had read the whole text at once."""
     try:
-        test_grow.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("llava")
+        test_methods.test_drafts_while_decoding_equal_drafts_from_a_fresh_start("vispec", "llava")
     except AssertionError as error:
         raise NotExactError from error
 
@@ -247,11 +248,11 @@ def penalties_forget_the_prompt(right, tree, history):
     return right(tree, [past[-1:] for past in history])
 
 
-@change(Engine, "_emit")
-def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, engine, slot, tokens):
+@change(Slot, "emit")
+def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, slot, tokens, ends):
     *before, last = tokens
     slot.tokens += before
-    emitted, text = right(engine, slot, [last])
+    emitted, text = right(slot, [last], ends)
     return [*before, *emitted], text
 
 
@@ -280,6 +281,13 @@ def pieces_of_a_prompt_are_committed_too_late(right, cache, counts):
 @change(HeadSession, "observe")
 def what_was_not_accepted_is_remembered(right, session, hidden, tokens, counts):
     right(session, hidden, tokens, torch.full_like(counts, tokens.shape[1]))
+
+
+@change(HeadSession, "free")
+def a_pictures_vector_stays_with_its_row(right, session, row):
+    kept = session._memory.clone()
+    right(session, row)
+    session._memory.copy_(kept)
 
 
 def only_one_end_id_is_known(patch: pytest.MonkeyPatch) -> None:
@@ -343,6 +351,7 @@ MUTANTS = [
         )
     ),
     Mutant(what_was_not_accepted_is_remembered, same_drafts),
+    Mutant(a_pictures_vector_stays_with_its_row, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),
     Mutant(noise_does_not_depend_on_the_seed, pair_law),
     Mutant(noise_depends_on_the_tree, same_with_any_drafter),

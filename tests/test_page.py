@@ -10,10 +10,10 @@ from PIL import Image
 
 import tiny
 from speculens.answer import Answer, Entry, Run
-from speculens.engine import Generation
 from speculens.html import LONGEST_SIDE, data_uri
 from speculens.page import Card, Section, render
 from speculens.show import HEADINGS
+from speculens.slot import Generation
 from speculens.stats import Stats
 
 VOID = {"meta", "img", "br"}

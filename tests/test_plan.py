@@ -165,6 +165,26 @@ def test_the_ladder_fits_within_the_drafters_own_tree():
     assert [shape.nodes for shape in SHAPES] == [1, 2, 4, 8, 16, 32, 64]
 
 
+def test_many_slots_get_small_trees_whose_costs_alone_are_learnt(tmp_path):
+    store = Store({}, tmp_path)
+    plan = Planner(SHAPES, Costs(SHAPES, store))
+    slots = range(16)
+    chosen = set()
+    for _ in range(TURNS):
+        chosen.add(plan.choose(slots, 300))
+        plan.learn(dict.fromkeys(slots, 0), 1.0)
+    assert chosen == set(plan.open(16)) == {shape for shape in SHAPES if shape.nodes <= 16}
+    assert store.read(SHAPES)[scale_of(16, 300)].keys() == chosen
+    assert tuple(plan.open(1)) == SHAPES
+
+
+def test_a_step_that_was_not_an_ordinary_one_is_no_cost():
+    plan = Planner(SHAPES, Costs(SHAPES))
+    for _ in range(TURNS):
+        assert plan.choose([0], 300) == NO_DRAFT
+        plan.learn({0: 0}, None)
+
+
 # --- costs on disk
 
 
@@ -302,6 +322,19 @@ def test_what_is_observed_late_is_observed_all_the_same(plain):
     late, at_once = tree([NO_DRAFT] * plain), tree([never] * plain)
     assert torch.equal(late.tokens, at_once.tokens)
     assert torch.equal(late.parents, at_once.parents)
+
+
+def test_a_slot_is_forgotten_however_it_ends():
+    """Slots hold prompts with their pictures: a plan that kept one of a client that left would keep them for ever."""
+    engine = Engine(target("llava"), made("eaglevlm"), slots=2, capacity=CAPACITY, shape="auto")
+    ends, leaves = (engine.admit(prompt("llava", ask), Sampling(max_new_tokens=4)).slot for ask in ASKS[:2])
+    engine.step()
+    assert set(engine._plan._slots) == {ends, leaves}
+    engine.cancel(leaves)
+    assert set(engine._plan._slots) == {ends}
+    while engine.running:
+        engine.step()
+    assert not engine._plan._slots
 
 
 def test_auto_is_exact_keeps_its_costs_and_plans_only_where_trees_grow(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from jsonlines import read, write
 from speculens import Conversation, Target, UserError, cli
 from speculens.data import JsonLines
 from speculens.data.prepare import Selection, Summary, prepare, spread
@@ -52,15 +53,6 @@ def folder(tmp_path):
     tiny.picture(1, tiny.SIZES[1]).save(made / "sub" / "b.png")
     write(made / "rows.jsonl", ROWS)
     return made
-
-
-def write(path, rows):
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def read(path):
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
 def same(first, second):

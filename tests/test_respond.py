@@ -14,6 +14,7 @@ import pytest
 
 import oracle
 import tiny
+from jsonlines import read, write
 from speculens import Conversation, Engine, Sampling, Target, UserError, cli
 from speculens.checkpoints import save_drafter
 from speculens.conversation import Message
@@ -41,15 +42,6 @@ def rows_of(count, old="An old answer."):
             ],
             "category": n % 2,
         }
-
-
-def write(path, rows):
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def read(path):
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
 def by_id(path):
@@ -385,6 +377,7 @@ def test_the_command(folder, tmp_path, capsys):
     rows = write(folder / "mixed.jsonl", [BAD[0], *rows_of(3)])
     words = ["respond", str(rows), "--target", model, "--dtype", "float64", "-c", str(recipe), "--system", "Be kind."]
     out = tmp_path / "out.jsonl"
+    capsys.readouterr()  # saving a model shows a bar, unless an earlier test has hushed it
     assert cli.main([*words, "--out", str(out), "--seed", "5"]) == 0
     shown = capsys.readouterr()
     assert "answered" in shown.out and "1  Cannot use" in shown.out

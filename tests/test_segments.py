@@ -61,8 +61,8 @@ def test_positions_made_on_the_host_are_the_models_own(family, monkeypatch):
     rows = [encoder.row(one.then("assistant", "Two circles. " * (3 - i))) for i, one in enumerate(asked)]
     batch = collate(rows, 0, torch.float64)
     made = target.teach(batch.inputs, batch.image).hidden
-    assert target._host_positions(batch.inputs)
-    monkeypatch.setattr(Target, "_host_positions", lambda *_: {})
+    assert target.positions(batch.inputs)
+    monkeypatch.setattr(Target, "positions", lambda *_: {})
     own = target.teach(batch.inputs, batch.image).hidden
     real = batch.inputs["attention_mask"].bool()
     assert torch.equal(made[real], own[real])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling, UserError
-from speculens.cli import _speculation
+from speculens.cli.serve import speculation
 from speculens.server import images
 from speculens.server.images import fetch, is_public, public_address
 from speculens.server.reply import StopCut
@@ -156,15 +156,15 @@ def test_a_stop_string_never_shows_however_the_text_arrives(text, stops, data):
     ],
 )
 def test_vllms_draft_options_count_the_root(config, named):
-    assert _speculation(config, None) == named
+    assert speculation(config, None) == named
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"draft": 1}', '{"method": "eagle"}', '{"num_speculative_tokens": 0}'])
 def test_broken_draft_options_are_refused(config):
     with pytest.raises(UserError):
-        _speculation(config, None)
+        speculation(config, None)
     with pytest.raises(UserError, match="give one of them"):
-        _speculation("{}", "lookup")
+        speculation("{}", "lookup")
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3}], ids=str)

@@ -13,16 +13,17 @@ from torch import Tensor
 
 import tiny
 from oracle import Ask, assert_exact, prompt, target
+from speculens.attention import causal_attention
 from speculens.checkpoints import load_drafter, save_drafter
 from speculens.drafters import DrafterConfig, SpecVLMDrafter
 from speculens.drafters.compress import OPERATORS, CompressOptions, known_grid
-from speculens.drafters.layer import biased_attention, causal_attention
+from speculens.drafters.layer import biased_attention
 from speculens.drafters.specvlm import find_runs
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.sampling import Sampling
-from speculens.show import drafter_lines
+from speculens.show import drafter_lines, view_lines
 from speculens.stats import Stats
 from speculens.training import load_recipe, train
 from speculens.training.config import Unroll, read_recipe
@@ -465,7 +466,7 @@ def test_a_drafter_that_nobody_told_to_evaluate_decodes_all_the_same():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mod": "select"}, "Unknown drafter options: mod"),
+        ({"mod": "select"}, "unknown key mod; did you mean mode"),
         ({"mode": "all"}, "mode 'all' is none of select, weighted, concat"),
         ({"mode": "weighted", "operators": ["none"]}, "operators of mode weighted are distinct ones of prune, pool"),
         ({"operators": []}, "operators of mode select"),
@@ -473,10 +474,12 @@ def test_a_drafter_that_nobody_told_to_evaluate_decodes_all_the_same():
         ({"ratios": {"prune": 0.5}}, "ratios are at least 1"),
         ({"ratios": {"none": 2}}, "ratios are at least 1 and belong to prune, pool, conv"),
         ({"ratios": {"conv": 2.5}}, "stride, is a whole number"),
-        ({"ratios": {"conv": "x"}}, "wrong kind"),
+        ({"ratios": {"conv": "x"}}, "ratios.conv must be a number"),
         ({"keep": "best"}, "keep is random or norm"),
-        ({"grid": [3]}, "grid is two numbers"),
-        ({"queries": 0}, "whole numbers above 0"),
+        ({"grid": [3]}, "grid must be 2 values"),
+        ({"grid": [3, 0]}, "grid is rows and columns"),
+        ({"queries": 0}, "are above 0"),
+        ({"queries": 1.5}, "queries must be a whole number"),
         ({"temperature": [1.0, 0.0]}, "two positive numbers"),
         ({"resample_width": 3}, "resample_width 3 is no multiple of the drafter's 2 attention heads"),
     ],
@@ -519,6 +522,7 @@ def test_the_choice_is_told_with_the_statistics():
     )
     assert len(two.drafter_notes["operator"]) == 2
     assert set(two.drafter_notes["operator"]) <= {"prune", "pool", "none"}
+    assert view_lines(two.to_dict())["operator"] == ", ".join(two.drafter_notes["operator"])
     assert none.to_dict()["drafter_notes"].get("operator", []) == []
     assert Stats.total([two, none, two]).drafter_notes["operator"] == two.drafter_notes["operator"] * 2
     assert drafter_lines({**drafter.describe(), "bytes": 0})["view"] == "one of prune 20x, pool 20x, none"

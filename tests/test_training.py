@@ -19,7 +19,7 @@ from testbed import train_drafters
 import tiny
 from speculens.checkpoints import load_drafter, save_drafter
 from speculens.conversation import Conversation, Message
-from speculens.data.sources import JsonLines, Listed
+from speculens.data.sources import PICTURE, JsonLines, Listed
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
@@ -166,6 +166,9 @@ def test_a_missing_or_broken_recipe_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        load_recipe(tmp_path / "picture.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="must be a section"):
         load_recipe(tmp_path / "list.yaml")
@@ -434,7 +437,7 @@ def test_json_lines_are_read_one_by_one(tmp_path):
     source = JsonLines([tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
     assert len(source) == 3
     assert source[0].images[0].size == source[2].images[0].size == tiny.picture().size
-    assert source.size(0) == len(json.dumps(row)) + 1
+    assert source.size(0) == len(json.dumps(row)) + 1 + PICTURE
     with pytest.raises(UserError, match=r"Row 2 of .*one.jsonl is not valid JSON"):
         source[1]
     with pytest.raises(IndexError):
@@ -443,6 +446,27 @@ def test_json_lines_are_read_one_by_one(tmp_path):
         JsonLines([tmp_path / "two.jsonl"], tmp_path / "elsewhere")[0]
     with pytest.raises(UserError, match="cannot be read"):
         JsonLines([tmp_path / "none.jsonl"])
+
+
+FORMS = {
+    "messages": {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]},
+    "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\n?"}]},
+    "two": {"images": ["a.png", "a.png"], "conversations": [{"from": "human", "value": "<image> <image>\n?"}]},
+    "mmspec": {"id": "a", "image": "a.png", "turns": ["?"], "category": "chart", "topic": "bars"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("array", [False, True])
+def test_pictures_weigh_in_the_size_of_a_row(form, array, tmp_path):
+    """Else a row of text alone would share its batch with one of as few words and 576 rows of picture."""
+    tiny.picture().save(tmp_path / "a.png")
+    text = json.dumps(FORMS[form])
+    (tmp_path / "rows").write_text(f"[{text}]" if array else text)
+    source = JsonLines([tmp_path / "rows"])
+    pictures = len(source[0].images)
+    assert source.size(0) == len(text) + pictures * PICTURE
+    assert pictures * PICTURE <= Listed([source[0]]).size(0) < pictures * PICTURE + len(text)
 
 
 # --- the loop

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
+from jsonlines import write
 from oracle import CAPACITY, Ask, assert_exact, prompt, reference, target
 from speculens import cli
 from speculens.checkpoints import load_drafter, save_drafter, save_published
@@ -171,7 +172,7 @@ def test_trim_and_inspect(tmp_path, capsys):
             {"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": text}]}
         for i, text in enumerate(ANSWERS)
     ]  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "rows.jsonl", rows)
 
     def call(*words: object) -> str:
         code = cli.main([str(word) for word in words])

@@ -28,6 +28,7 @@ DRAFTERS: Mapping[str, dict[str, Any]] = {
     "hivis": {},
     "vispec": {"num_q": 3},
     "vispec added": {"num_q": 2, "fusion": "add", "adaptor_heads": 1, "adaptor_head_dim": 8},
+    "vispec bare": {"fusion": "none"},
     "specvlm": {"mode": "select", "resample_width": 16, "gate_width": 8},
     "specvlm weighted": {"mode": "weighted"},
     "specvlm concat": {"mode": "concat", "depthwise": True, "keep": "norm"},
@@ -59,6 +60,7 @@ def random_drafter(name: str, target: Target) -> Drafter:
         head_dim=16,
         rms_norm_eps=1e-5,
         qkv_bias=True,
+        input_norm=not name.endswith("bare"),
         tree=TreeShape(num_steps=2, topk=3, num_draft_tokens=9),
         options=method.settle(DRAFTERS[name], target.model.config),
     )
@@ -104,7 +106,8 @@ def test_a_wide_drafter_drafts_the_same(family: str, name: str) -> None:
     for number in range(len(PROMPTS)):
         one, other = (guesses(*made, number) for made in ((small, drafter), (wide, widen_drafter(drafter, wide))))
         assert one.std() > 1
-        torch.testing.assert_close(other[..., : small.vocab_size], one, atol=1e-4, rtol=0)
+        accuracy = 1e-4 if drafter.config.input_norm else 5e-3  # without a norm scores are large, and attention sharp
+        torch.testing.assert_close(other[..., : small.vocab_size], one, atol=accuracy, rtol=0)
         assert other[..., small.vocab_size :].max() < -1e6
 
 

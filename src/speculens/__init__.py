@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speculens.adapter import custom_generate
     from speculens.checkpoints import load_drafter
-    from speculens.conversation import Conversation, Message, load_image
+    from speculens.conversation import Conversation, Message
     from speculens.drafters import LookupDrafter, NoDrafter
-    from speculens.engine import Engine, Generation, Step
+    from speculens.engine import Engine
     from speculens.errors import UserError
+    from speculens.pictures import load_image
     from speculens.sampling import Sampling
+    from speculens.slot import Generation, Step
     from speculens.stats import Stats
     from speculens.targets import Target, load_target
     from speculens.tree import DraftTree, TreeShape
@@ -48,11 +50,13 @@ __all__ = [
 _HOMES = {
     "adapter": ("custom_generate",),
     "checkpoints": ("load_drafter",),
-    "conversation": ("Conversation", "Message", "load_image"),
+    "conversation": ("Conversation", "Message"),
     "drafters": ("LookupDrafter", "NoDrafter"),
-    "engine": ("Engine", "Generation", "Step"),
+    "engine": ("Engine",),
     "errors": ("UserError",),
+    "pictures": ("load_image",),
     "sampling": ("Sampling",),
+    "slot": ("Generation", "Step"),
     "stats": ("Stats",),
     "targets": ("Target", "load_target"),
     "tree": ("DraftTree", "TreeShape"),

@@ -20,6 +20,7 @@ from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets.base import Prompt, Target
+from speculens.targets.processing import image_token_id
 from speculens.tree import TreeShape
 
 
@@ -41,23 +42,11 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
         stream_to: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        if generation_config is None:
-            raise UserError("Call this through model.generate(custom_generate=...), which prepares its arguments.")
-        if len(input_ids) != 1:
-            raise UserError(
-                f"Tree decoding through generate takes one sequence, not {len(input_ids)}: use Engine for batches."
-            )
-        if generation_config.return_dict_in_generate:
-            raise UserError("Tree decoding through generate returns token ids only: leave return_dict_in_generate off.")
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
-        prepare: Any = model.prepare_inputs_for_generation
-        inputs = prepare(input_ids, is_first_iteration=True, **model_kwargs)
-        ours = (*CACHE_NAMES, "use_cache", "logits_to_keep")
-        inputs = {k: v for k, v in inputs.items() if v is not None and k not in ours}
-        prompt = Prompt(input_ids[0].cpu(), inputs, (input_ids[0] == model.config.image_token_id).cpu())
+        settings = _checked(generation_config, input_ids)
+        prompt = _prompt(model, input_ids, model_kwargs)
         sampling = Sampling(
-            temperature=1.0 if generation_config.do_sample else 0.0,
-            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            temperature=1.0 if settings.do_sample else 0.0,
+            max_new_tokens=settings.max_length - input_ids.shape[1],
             seed=seed,
             ignore_eos=True,  # the criteria below know every end, EOS ids included
             processors=tuple(logits_processor or ()),
@@ -76,6 +65,26 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
         return _ended(ids, stream_to)
 
     return tree_decode
+
+
+def _checked(settings: GenerationConfig | None, ids: Tensor) -> GenerationConfig:
+    if settings is None:
+        raise UserError("Call this through model.generate(custom_generate=...), which prepares its arguments.")
+    if len(ids) != 1:
+        raise UserError(f"Tree decoding through generate takes one sequence, not {len(ids)}: use Engine for batches.")
+    if settings.return_dict_in_generate:
+        raise UserError("Tree decoding through generate returns token ids only: leave return_dict_in_generate off.")
+    return settings
+
+
+def _prompt(model: PreTrainedModel, ids: Tensor, given: dict[str, Any]) -> Prompt:
+    """What `generate` prepared, without its cache: ours takes that place."""
+    given = {name: value for name, value in given.items() if name not in CACHE_NAMES}
+    prepare: Any = model.prepare_inputs_for_generation
+    inputs = prepare(ids, is_first_iteration=True, **given)
+    ours = (*CACHE_NAMES, "use_cache", "logits_to_keep")
+    inputs = {name: value for name, value in inputs.items() if value is not None and name not in ours}
+    return Prompt(ids[0].cpu(), inputs, (ids[0] == image_token_id(model.config)).cpu())
 
 
 def _ended(ids: Tensor, stream_to: Any) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speculens.engine import Engine, Generation, Step
+from speculens.engine import Engine
 from speculens.sampling import Sampling
+from speculens.slot import Generation, Step
 from speculens.stats import Stats
 from speculens.targets import Prompt
 from speculens.text import TextStream
@@ -30,6 +31,11 @@ class Answer:
     runs: tuple[Run, ...]
     seconds: float
     time_to_first_token: float
+
+    @property
+    def decode_seconds(self) -> float:
+        """Without the time to the first token (vision tower and prefill)."""
+        return self.seconds - self.time_to_first_token
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,11 +70,9 @@ def ask(engine: Engine, prompt: Prompt, sampling: Sampling, on_run: Callable[[Ru
             for run in runs(words, step):
                 seen.append(run)
                 on_run(run)
-    slot = steps[-1].slot
-    done = Generation(slot.tokens, slot.text, slot.finish_reason or "", slot.stats)
     if not on_run:
         seen = [run for step in steps for run in runs(words, step)]
-    return Answer(done, tuple(seen), times[-1], times[0])
+    return Answer(steps[-1].slot.generation, tuple(seen), times[-1], times[0])
 
 
 def warm_up(engines: Iterable[Engine], prompt: Prompt, sampling: Sampling) -> None:
@@ -114,12 +118,12 @@ class Entry:
 
     @property
     def decode_speedup(self) -> float:
-        """The same without the time to the first token (vision tower and prefill); 0 if there was nothing to decode."""
-        spent = _decode_seconds(self.answers)
-        return _decode_seconds(self.own) / spent if spent else 0.0
+        """The same without the time to the first token; 0 if there was nothing to decode."""
+        spent = sum(answer.decode_seconds for answer in self.answers)
+        return sum(answer.decode_seconds for answer in self.own) / spent if spent else 0.0
 
     @property
-    def exact(self) -> int:
+    def num_exact(self) -> int:
         """How many answers equal the target's own, token for token."""
         return sum(difference is None for difference in self.differences)
 
@@ -139,14 +143,10 @@ class Entry:
             "tokens_per_second": self.tokens / self.seconds,
             "walltime_speedup": self.walltime_speedup,
             "decode_speedup": self.decode_speedup,
-            "exact": self.exact / len(self.answers),
+            "exact": self.num_exact / len(self.answers),
             "first_differences": self.differences,
             "stats": self.stats.to_dict(),
         }
-
-
-def _decode_seconds(answers: Sequence[Answer]) -> float:
-    return sum(answer.seconds - answer.time_to_first_token for answer in answers)
 
 
 def _first_difference(mine: Sequence[int], own: Sequence[int]) -> int | None:

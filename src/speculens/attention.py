@@ -1,4 +1,4 @@
-"""Attention of new rows over a prefix and each other: what a draft tree asks for, and a drafter that grows one.
+"""Attention of new rows over a prefix and each other: those of a draft tree, of a drafter that grows one, of a prompt.
 
     columns of slot b    0 .. length - 1      length .. length + M - 1     beyond
     row i sees           all of them          those that newest[b, i] marks    nothing
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from speculens.ops import kernels_for
 from speculens.tree import tree_mask
@@ -64,6 +65,23 @@ def tree_attention(
         return kernels.attend(queries, keys, values, mask.lengths, mask.newest, scale, depth=depth, window=window)
     additive = mask.additive(keys.shape[2], queries.dtype, queries.shape[1] // keys.shape[1], window)
     return folded_attention(queries, keys, values, additive, scale)
+
+
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """Attend with rows that are the last of the columns: each sees itself and all before it.
+
+    Shapes as in `tree_attention`. Where rows are padded on the right, that harms nobody.
+    window  of a layer with a sliding window; there must be no more columns than that
+    """
+    rows, columns = queries.shape[2], keys.shape[2]
+    if window is not None and columns > window:
+        raise ValueError(f"a sliding window of {window} positions hides some of {columns} columns")
+    if rows == columns:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    mask = causal_lower_right(rows, columns)
+    return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
 
 
 def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:

@@ -68,9 +68,10 @@ class SlotCache:
             count = 2 * sum(d == device for d in devices)
             self._blocks[device] = torch.zeros(count, slots * capacity, heads * head_dim, dtype=dtype, device=device)
         self._rows = range(0)
+        self.start = 0  # where the next write begins, counted from each row's length
         self._columns = self._width = 0
         self._high = 0  # columns ever written to
-        self._index = self.lengths.new_zeros(0)
+        self._index: Tensor | None = None  # of what is written next, made when it is needed
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +87,11 @@ class SlotCache:
     def columns(self) -> int:
         """How many columns the next reads return: the longest aimed row, with what is written on top."""
         return self._columns
+
+    @property
+    def aimed(self) -> Tensor:
+        """Committed columns of the aimed rows: a view of `lengths`."""
+        return self.lengths[self._rows.start : self._rows.stop]
 
     @property
     def before(self) -> int:
@@ -123,15 +129,14 @@ class SlotCache:
         horizon  0 looks at as many columns as the longest of the rows has. Else a bound of their lengths, and the
                  columns follow from it alone: what one graph is recorded for
         """
-        self._rows, self._width = rows, width
+        self._rows, self._width, self.start = rows, width, start
         self._columns = (horizon or max((self.extents[row] for row in rows), default=0)) + start + width
         if horizon:
             self._columns = min(-(-self._columns // self.GRAIN) * self.GRAIN, self.capacity)
         if self._columns > self.capacity:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
         self._high = max(self._high, self._columns)
-        index = self._ends(rows)[:, None] + self._offsets[start : start + width]
-        self._index = index.flatten()
+        self._index = None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
@@ -155,11 +160,11 @@ class SlotCache:
         for device, block in self._blocks.items():
             # The right-hand side is gathered before anything is written, so overlapping moves are safe.
             block.index_copy_(1, target.to(device), block.index_select(1, source.to(device)))
-        self.lengths[:batch] += counts
+        self.lengths[:batch].add_(counts)
 
     def commit(self, counts: Tensor | int) -> None:
         """Commit the first `counts` (B,) of the columns just written to the aimed rows."""
-        self.lengths[self._rows.start : self._rows.stop] += counts
+        self.aimed.add_(counts)
 
     def settle(self, counts: Sequence[int], first: int = 0) -> None:
         """Tell the host's side how many columns were committed, to the rows from `first` on."""
@@ -213,6 +218,9 @@ class SlotCache:
                 f"layer {layer} has {states.shape[1]} KV heads of {states.shape[3]}, "
                 f"the cache {self.heads} of {self.head_dim}"
             )
+        if self._index is None:
+            index = self._ends(self._rows)[:, None] + self._offsets[self.start : self.start + self._width]
+            self._index = index.flatten()
         device, first = self._place[layer]
         flat = self._blocks[device][first + which]
         flat.index_copy_(0, self._index.to(device), states.transpose(1, 2).reshape(-1, flat.shape[1]))

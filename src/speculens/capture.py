@@ -98,7 +98,7 @@ def row_bucket(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
-def column_bucket(columns: int, most: int, grain: int = 256) -> int:
-    """`columns` rounded up to one of four sizes an octave, and to `grain` at least; at most `most`."""
-    step = max(grain, 1 << max((columns - 1).bit_length() - 3, 0))
+def column_bucket(columns: int, most: int, grain: int = 256, sizes: int = 4) -> int:
+    """`columns` rounded up to one of `sizes` (a power of 2) an octave, and to `grain` at least; at most `most`."""
+    step = max(grain, 1 << max((columns - 1).bit_length() - sizes.bit_length(), 0))
     return min(-(-columns // step) * step, most)

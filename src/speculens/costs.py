@@ -20,6 +20,9 @@ from speculens.tree import TreeShape
 TIMINGS = 4  # a shape's first steps at a scale: the first one is slower than all later ones and does not count
 DRIFT, PACE = 0.05, 0.2  # shares of a new timing in a shape's own cost, and in what all of them have in common
 
+# Nodes of all slots together that a pass may have: more of them would cost arithmetic on any device.
+MOST_NODES = 256
+
 # slots and columns, each as the exponent of its bucket
 Scale = tuple[int, int]
 
@@ -27,6 +30,11 @@ Scale = tuple[int, int]
 def scale_of(slots: int, columns: int) -> Scale:
     """Slots by powers of 2; columns of KV by powers of 4, from 1,024 on."""
     return (slots - 1).bit_length(), max((columns - 1).bit_length() - 9, 0) // 2
+
+
+def within(shapes: Sequence[TreeShape], scale: Scale) -> list[TreeShape]:
+    """Those that so many slots may have at once; a tree of one node always."""
+    return [shape for shape in shapes if shape.nodes == 1 or shape.nodes << scale[0] <= MOST_NODES]
 
 
 class Costs:
@@ -46,8 +54,8 @@ class Costs:
         """The shape whose turn it is while this scale is new; None once each has its time."""
         if scale in self._seconds:
             return None
-        timings = self._timings.setdefault(scale, {shape: [] for shape in self._shapes})
-        return min(self._shapes, key=lambda shape: len(timings[shape]))
+        timings = self._timings.setdefault(scale, {shape: [] for shape in within(self._shapes, scale)})
+        return min(timings, key=lambda shape: len(timings[shape]))
 
     def of(self, scale: Scale) -> Mapping[TreeShape, float]:
         """Seconds by shape. Only their ratios mean something: the pace of the moment is not in them."""
@@ -57,11 +65,11 @@ class Costs:
         """A step of this shape took so long."""
         if scale in self._seconds:
             known = self._seconds[scale]
-            surprise = min(max(seconds / (known[shape] * self._pace), 0.5), 2.0)  # a recording or a pause is no cost
+            surprise = min(max(seconds / (known[shape] * self._pace), 0.5), 2.0)  # a pause is no cost
             self._pace *= surprise**PACE
             known[shape] *= surprise**DRIFT
             return
-        timings = self._timings.setdefault(scale, {each: [] for each in self._shapes})
+        timings = self._timings.setdefault(scale, {each: [] for each in within(self._shapes, scale)})
         timings[shape].append(seconds)
         if all(len(each) >= TIMINGS for each in timings.values()):
             # The least: what else happens on the machine only adds.
@@ -82,11 +90,12 @@ class Store:
         self.path = (folder or cache_folder()) / "costs" / f"{name}.json"
 
     def read(self, shapes: Sequence[TreeShape]) -> dict[Scale, dict[TreeShape, float]]:
-        """The costs of all scales that know each of these shapes."""
+        """The costs of all scales that know each of these shapes that is open to them."""
         try:
             scales = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
             return {
-                _scale(name): {shape: _positive(row[_word(shape)]) for shape in shapes} for name, row in scales.items()
+                _scale(name): {shape: _positive(row[_word(shape)]) for shape in within(shapes, _scale(name))}
+                for name, row in scales.items()
             }
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return {}

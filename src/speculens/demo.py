@@ -11,11 +11,12 @@ from typing import Any
 
 from speculens.answer import Answer, Entry, ask, warm_up
 from speculens.checkpoints import load_drafter
-from speculens.conversation import Conversation, Source, load_image
+from speculens.conversation import Conversation
 from speculens.drafters import METHODS, Drafter
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.page import Card, Section
+from speculens.pictures import Source, load_image
 from speculens.sampling import Sampling
 from speculens.show import Screen, closing, count
 from speculens.targets import Target, load_target

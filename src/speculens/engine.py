@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
@@ -24,70 +24,14 @@ from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
-from speculens.plan import NO_DRAFT, Pinned, Plan, Planner, ladder
-from speculens.sampling import Laws, Logprob, Needs, Sampling, choose, correct, likelihoods
-from speculens.stats import Stats
+from speculens.plan import NO_DRAFT, ROOMY, Pinned, Plan, Planner, ladder
+from speculens.sampling import Laws, Needs, Sampling, choose, correct, likelihoods
+from speculens.slot import Generation, Slot, Step
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
 from speculens.tree import DraftTree, TreeShape
 
 WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
-
-
-@dataclass(eq=False)
-class Slot:
-    """One running sequence. `tokens` are those emitted so far, the prefill's first.
-
-    finish_reason  None while running; then `stop` (an EOS token or stop string), `length`, `cancelled` or `error`
-    error          what ended a submitted request before its first token
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    stream: TextStream | None
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: Stats = field(default_factory=Stats)
-    error: Exception | None = None
-
-    @property
-    def text(self) -> str:
-        """What has been released so far (empty without a tokenizer)."""
-        return self.stream.text if self.stream else ""
-
-    @property
-    def length(self) -> int:
-        """Rows committed in the target's cache: prompt and output, without the newest token."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one round brought one slot.
-
-    tokens    emitted, cut at the first stop
-    text      newly released text
-    accepted  how many of the tokens were drafted (the others are the target's bonus, or the prefill's)
-    tree      the draft tree of this slot, (1, N); None at the prefill
-    logprobs  of each emitted token, if the slot's sampling asks for them
-    """
-
-    slot: Slot
-    tokens: list[int]
-    text: str
-    accepted: int
-    tree: DraftTree | None
-    logprobs: tuple[Logprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished sequence."""
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    stats: Stats
 
 
 class Engine:
@@ -198,7 +142,7 @@ class Engine:
             for slot in list(numbers):
                 self.cancel(slot)
         done = sorted(numbers, key=numbers.__getitem__)
-        return [Generation(s.tokens, s.text, s.finish_reason or "", s.stats) for s in done]
+        return [slot.generation for slot in done]
 
     # Slots
 
@@ -233,25 +177,23 @@ class Engine:
         return steps
 
     def _advance(self, slots: Sequence[Slot]) -> list[Step]:
-        begun = time.perf_counter()
+        begun, recorded = time.perf_counter(), self._recorder.captures
         outcome, table = self._round(slots)
-        tree, along = outcome.tree, outcome.along
+        tree, along, ends = outcome.tree, outcome.along, self.target.eos_token_ids
         steps = []
         accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
         for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
-            emitted, text = self._emit(slot, chosen)
+            emitted, text = slot.emit(chosen, ends)
             drafted = min(len(emitted), len(chosen) - 1)
             slot.stats.add_pass(len(emitted), drafted, int(tree.size) - 1)
             known = () if along is None else likelihoods(along[row], slot.sampling, emitted)
             steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1)), known))
         self._target.settle([len(chosen) for chosen in accepted])
         self._drafter.settle(accepted)
-        self._leave()
         kept = {slot: len(chosen) - 1 for slot, chosen in zip(slots, accepted, strict=True)}
-        self._plan.learn(kept, time.perf_counter() - begun)
-        for slot in slots:
-            if slot.finish_reason is not None:
-                self._plan.forget(slot)
+        ordinary = self._recorder.captures == recorded
+        self._plan.learn(kept, time.perf_counter() - begun if ordinary else None)
+        self._leave()
         return steps
 
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
@@ -264,13 +206,7 @@ class Engine:
         if not self._recorder.on:
             return
         self._target.rehearse()
-        kinds = dict.fromkeys(Needs.of(some) for some in (*([one] for one in samplings), samplings))
-        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
-        columns = dict.fromkeys(column_bucket(length, self.capacity) for length in range(1, self.capacity + 1))
-        # The largest first: later graphs find room in what it took.
-        catch_up = (False, True) if NO_DRAFT in self._plan.shapes else (False,)
-        shapes = reversed(self._plan.shapes)
-        buckets = [Bucket(*key) for key in product(reversed(rows), kinds, shapes, reversed(columns), catch_up)]
+        buckets = self._buckets(samplings)
         for done, bucket in enumerate(buckets, 1):
             if not self._recorder.ready(bucket):
                 return
@@ -325,7 +261,7 @@ class Engine:
         """Let a prompt that the target has taken in run: its first token."""
         row = len(self._running)
         try:
-            first, logits = self._first(slot, logits, features.tokens[:, -1])
+            first, logits = self._first(slot, logits, features.tokens[:, -1].to(logits.device))
             slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
             if begun := self._drafter.begin(features, first):
                 slot.stats.add_view(begun.rows, begun.notes)
@@ -334,7 +270,7 @@ class Engine:
             raise
         self._loop.front.admit(row, first, slot.sampling)
         self._running.append(slot)
-        emitted, text = self._emit(slot, first.tolist())
+        emitted, text = slot.emit(first.tolist(), self.target.eos_token_ids)
         self._leave()
         return Step(slot, emitted, text, 0, None, likelihoods(logits[0], slot.sampling, emitted))
 
@@ -359,7 +295,27 @@ class Engine:
         bucket = replace(bucket, catch_up=self._put_off >= (1 if bucket.drafts else self._patience))
         if not self._recorder.on:
             return bucket
-        return replace(bucket, rows=row_bucket(rows, self.slots), horizon=column_bucket(longest, self.capacity))
+        return replace(bucket, rows=row_bucket(rows, self.slots), horizon=self._columns(longest))
+
+    def _columns(self, longest: int) -> int:
+        """The bound that steps of such a length share. A plan with many shapes has few, for a graph is made of each."""
+        adaptive = len(self._plan.shapes) > 1
+        return column_bucket(longest, self.capacity, *((1024, 1) if adaptive else ()))
+
+    def _buckets(self, samplings: Sequence[Sampling]) -> list[Bucket]:
+        """All that steps of such settings can look like; the largest first: later graphs find room in what it took."""
+        alone = dict.fromkeys(Needs.of([one]) for one in samplings)
+        mixed = dict.fromkeys((*alone, Needs.of(samplings)))
+        rows = dict.fromkeys(row_bucket(count, self.slots) for count in range(1, self.slots + 1))
+        columns = dict.fromkeys(self._columns(length) for length in range(1, self.capacity + 1))
+        catch_up = (False, True) if NO_DRAFT in self._plan.shapes else (False,)
+        return [
+            Bucket(count, *key)
+            for count in reversed(rows)
+            for key in product(
+                mixed if count > 1 else alone, reversed(self._plan.open(count)), reversed(columns), catch_up
+            )
+        ]
 
     def _planned(self, shape: TreeShape | Plan | Literal["auto"] | None) -> Plan:
         if shape is None or isinstance(shape, TreeShape):
@@ -369,7 +325,10 @@ class Engine:
         own = self.drafter.describe().get("tree", {})
         if "num_steps" not in own:
             return Pinned()
-        shapes = ladder(TreeShape(**own))
+        largest = TreeShape(**own)  # often made for a CPU
+        if self.target.device.type == "cuda" and largest.nodes < ROOMY.nodes:
+            largest = ROOMY
+        shapes = ladder(largest)
         return Planner(shapes, Costs(shapes, Store(self._facts())))
 
     def _facts(self) -> dict[str, Any]:
@@ -401,27 +360,11 @@ class Engine:
         history = [[*slot.prompt.ids.tolist(), *slot.tokens][:-1] for slot in slots]
         return lambda logits, tree: correct(logits, tree, samplings, history)
 
-    def _emit(self, slot: Slot, tokens: Sequence[int]) -> tuple[list[int], str]:
-        """Hand tokens to a slot one by one until it must stop."""
-        emitted: list[int] = []
-        text = ""
-        for token in tokens:
-            emitted.append(token)
-            slot.tokens.append(token)
-            stopped = token in self.target.eos_token_ids and not slot.sampling.ignore_eos
-            if slot.stream:
-                released, complete = slot.stream.push(token)
-                text += released
-                stopped = stopped or complete
-            if stopped or len(slot.tokens) == slot.sampling.max_new_tokens:
-                slot.finish_reason = "stop" if stopped else "length"
-                break
-        return emitted, text
-
     def _leave(self) -> None:
         """Free the rows of finished slots; the last running slot moves into each gap."""
         for row in reversed(range(len(self._running))):
             if self._running[row].finish_reason is not None:
+                self._plan.forget(self._running[row])
                 self._target.free(row)
                 self._drafter.free(row)
                 self._loop.free(row, len(self._running) - 1)

@@ -9,7 +9,7 @@ from html import escape
 
 from PIL.Image import Resampling
 
-from speculens.conversation import Image
+from speculens.pictures import Image
 
 LONGEST_SIDE = 1024  # pixels; larger pictures are scaled down for the page
 

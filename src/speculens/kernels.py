@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import count
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run a small kernel."""
+    swiglu(torch.zeros(1, 2, device=device))
 
 
 def add_norm(stream: Tensor, update: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,9 +85,10 @@ def rotate_into(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    start: int,
     gains: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
-    """`ops.rotate_into`: one program a row and head; queries are rotated where they are."""
+    """`ops.rotate_into` from columns `lengths + start` on: one program a row and head; queries are rotated in place."""
     batch, nodes, width = joined.shape
     kv_heads, columns, dim = keys.shape[1:]
     heads = width // dim - 2 * kv_heads
@@ -88,22 +96,22 @@ def rotate_into(
     cos, sin = cos.expand(batch, nodes, dim).contiguous(), sin.expand(batch, nodes, dim).contiguous()
     with _on(joined):
         _rotate_into[(batch * nodes, heads + 2 * kv_heads)](
-            joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+            joined, cos, sin, keys, values, lengths, start, query_gain, key_gain,
             *keys.stride()[:3], *values.stride()[:3], nodes, heads, kv_heads, columns, eps,
             DIM=dim, BLOCK=triton.next_power_of_2(dim // 2), NORM=gains is not None, num_warps=1,
         )  # fmt: skip
     return joined.view(batch, nodes, -1, dim)[:, :, :heads].transpose(1, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])  # one program for all levels of a tree
 def _rotate_into(
-    joined, cos, sin, keys, values, lengths, query_gain, key_gain,
+    joined, cos, sin, keys, values, lengths, start, query_gain, key_gain,
     key_slot, key_head, key_column, value_slot, value_head, value_column, nodes, heads, kv_heads, columns, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = row // nodes
-    column = tl.load(lengths + slot).to(tl.int64) + row % nodes
+    column = tl.load(lengths + slot).to(tl.int64) + start + row % nodes
     half: tl.constexpr = DIM // 2
     at = tl.arange(0, BLOCK)
     inside = at < half
@@ -177,6 +185,137 @@ def _linear_row(
     if BIAS:
         y += tl.load(bias + n, mask=n < outputs, other=0).to(tl.float32)
     tl.store(out + n, y.to(out.dtype.element_ty), mask=n < outputs)
+
+
+class Tile(NamedTuple):
+    """How `linear_rows` cuts its work: a program takes `outputs` rows of the weight, `inputs` columns at a time."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    programs: int  # that share a processor; each has as many columns in flight as fit its part of the shared memory
+
+
+TILE = Tile(128, 64, 8, 2)
+STREAMS = 64  # that can count arrivals at the same time
+_streams = count()
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile = TILE) -> Tensor:
+    """`F.linear` of 2 to 64 rows (..., K): streams the weight (N, K) once, all rows against each piece of it.
+
+    Weight and rows change places, so that the weight fills the long side of the tensor cores. Programs that would run
+    alone at the end, or leave processors idle from the start, are split along K: each part leaves its sums, and who
+    comes last adds them up, always in the same order. The counters for that belong to a stream, as a library's
+    workspace does: graphs recorded on one stream may not be replayed at the same time.
+    """
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    block_m = padded_rows(rows)
+    whole, splits, share = shares(outputs, inputs, tile, _processors(x.device))
+    parts = (triton.cdiv(outputs, tile.outputs) - whole) * splits
+    out = x.new_empty(*x.shape[:-1], outputs)
+    partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32)
+    with _on(x):
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        _linear_rows[(whole + parts,)](
+            x.contiguous(), weight, weight if bias is None else bias, out, partial, _arrivals(x.device, stream),
+            rows, outputs, inputs, weight.stride(0), whole, share,
+            BIAS=bias is not None, EVEN=inputs % tile.inputs == 0, SPLITS=splits,
+            BLOCK_M=block_m, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs,
+            num_warps=tile.warps, num_stages=max(1, stages(rows, tile, x)),
+        )  # fmt: skip
+    return out
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a tile: a power of two, for the tensor cores."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+def stages(rows: int, tile: Tile, x: Tensor) -> int:
+    """How many steps along K lie in the shared memory at once, at most 8: what keeps the memory busy is in flight."""
+    room = _shared_memory(x.device) // tile.programs - 1024  # the driver keeps a kilobyte of each program's part
+    return min(8, room // ((tile.outputs + padded_rows(rows)) * tile.inputs * x.element_size()))
+
+
+def shares(outputs: int, inputs: int, tile: Tile, processors: int) -> tuple[int, int, int]:
+    """Tiles done whole, in how many parts each of the others is, and the columns of a part."""
+    tiles, slots = triton.cdiv(outputs, tile.outputs), processors * tile.programs
+    rest = tiles % slots  # beside as many as fill the device, which are best left whole
+    blocks = triton.cdiv(inputs, tile.inputs)
+    splits = min(slots // rest, 8, blocks) if rest else 1
+    share = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, share)  # rounded up, a share may leave nothing for the last
+    return tiles if splits == 1 else tiles - rest, splits, share * tile.inputs
+
+
+@triton.jit(do_not_specialize=["rows", "whole"])
+def _linear_rows(
+    x, weight, bias, out, partial, arrived, rows, outputs, inputs, stride, whole, share,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile, part, begin, end = program, 0, 0, inputs
+    if program >= whole:
+        tile = whole + (program - whole) // SPLITS
+        part = (program - whole) % SPLITS
+        begin = part * share
+        end = tl.minimum(begin + share, inputs)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    at = tl.arange(0, BLOCK_K)
+    lines = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * stride + at[None, :]
+    states = x + tl.minimum(m, rows - 1)[None, :] * inputs + at[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        if EVEN:
+            w = tl.load(lines + k)
+            v = tl.load(states + k)
+        else:
+            inside = k + at < inputs
+            w = tl.load(lines + k, mask=inside[None, :], other=0)
+            v = tl.load(states + k, mask=inside[:, None], other=0)
+        total = tl.dot(w, v, acc=total, input_precision="ieee")
+    if program < whole:
+        _store_product(total, bias, out, m, n, rows, outputs, BIAS)
+    else:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        place = partial + (program - whole - part) * size + m[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        tl.store(place + part * size, total, cache_modifier=".cg")
+        tl.debug_barrier()  # all of this program's sums are stored before it is counted as arrived
+        if tl.atomic_add(arrived + tile - whole, 1, sem="acq_rel") == SPLITS - 1:
+            joined = tl.load(place, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLITS):
+                joined += tl.load(place + other * size, cache_modifier=".cg")
+            _store_product(joined, bias, out, m, n, rows, outputs, BIAS)
+            tl.store(arrived + tile - whole, 0)  # for the next launch
+
+
+@triton.jit
+def _store_product(total, bias, out, m, n, rows, outputs, BIAS: tl.constexpr):
+    if BIAS:
+        total += tl.load(bias + n, mask=n < outputs, other=0).to(tl.float32)[:, None]
+    target = out + m[None, :] * outputs + n[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+
+
+@cache
+def _arrivals(device: torch.device, stream: int) -> Tensor:  # noqa: ARG001 - each stream has its own
+    """Zeros, one for each tile in parts: there are fewer of those than programs fit the device."""
+    return _all_arrivals(device)[next(_streams) % STREAMS]
+
+
+@cache
+def _all_arrivals(device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Recorded, the zeros would be written when this graph is replayed, and another one may come first.
+        raise RuntimeError("the first product of few rows on a device cannot be recorded: run it once before")
+    zeros = torch.zeros(STREAMS, 32 * _processors(device), dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # whichever stream counts first finds them written
+    return zeros
 
 
 def attend(
@@ -334,6 +473,13 @@ def _merge(partial, weight, out, rows, splits, DIM: tl.constexpr, BLOCK_D: tl.co
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 228 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from speculens.drafters.base import DraftSession
 from speculens.sampling import Laws, Needs, Sampling, choose
 from speculens.targets.base import TargetSession
-from speculens.tree import DraftTree, TreeShape
+from speculens.tree import DraftTree, TreeShape, take_last
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ class Front:
     def advance(self, tokens: Tensor, counts: Tensor) -> None:
         """The last accepted of tokens (B, P) is the next root; where counts (B,) is 0 nothing changes."""
         rows = len(counts)
-        newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-        self.roots[:rows] = torch.where(counts > 0, newest, self.roots[:rows])
-        self.position[:rows] += counts
+        take_last(self.roots[:rows], tokens, counts)
+        self.position[:rows].add_(counts)  # `+=` on a slice would copy it onto itself
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Backlog:
         place = self.counts[:rows].clamp(max=self.tokens.shape[1] - 1)[:, None]
         self.tokens[:rows].scatter_(1, place, tokens)
         self.hidden[:rows].scatter_(1, place[..., None].expand_as(hidden), hidden)
-        self.counts[:rows] += counts
+        self.counts[:rows].add_(counts)
 
     def free(self, row: int, last: int) -> None:
         """A row ends; the last running one takes its place."""

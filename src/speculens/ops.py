@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculens.cache import SlotCache
+from speculens.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +26,29 @@ Gains = tuple[Tensor, Tensor, float]
 """Gains of the norms on queries and keys, (d,) each, and their epsilon."""
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """What the host made, on a device. The host goes on at once: only page-locked memory is read while it does."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.contiguous().pin_memory()  # what is expanded cannot be
+    return tensor.to(device, non_blocking=True)
+
+
 class Joined:
     """Linear layers on the same input as one product: `join([q, k, v])(x)` is their outputs side by side.
 
     The layers' parameters become views of one tensor, so nothing is stored twice and the layers work as before.
     Whoever gives a parameter other storage afterwards (a cast, a move to another device) ends that: see `intact`.
+    Layers that cannot be joined (quantised or adapted ones) run one after another.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._layers = tuple(layers)
-        self.weight = _one_tensor([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = _one_tensor(biases) if biases else None
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers: tuple[Any, ...] = tuple(layers)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if self.possible(layers):
+            self.weight = _one_tensor([layer.weight for layer in self._layers])
+            biases = [layer.bias for layer in self._layers if layer.bias is not None]
+            self.bias = _one_tensor(biases) if biases else None
 
     @staticmethod
     def possible(layers: Sequence[Any]) -> bool:
@@ -48,7 +60,9 @@ class Joined:
 
     @property
     def intact(self) -> bool:
-        """Whether the layers' weights still lie in the joined one."""
+        """Whether the layers' weights still lie in the joined one, if there is one."""
+        if self.weight is None:
+            return True
         place = self.weight.data_ptr()
         for layer in self._layers:
             if layer.weight.data_ptr() != place or layer.weight.dtype != self.weight.dtype:
@@ -57,6 +71,8 @@ class Joined:
         return True
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return torch.cat([layer(x) for layer in self._layers], -1)
         return linear(x, self.weight, self.bias)
 
 
@@ -68,18 +84,27 @@ def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+STREAMED_ROWS = 1
+"""Up to how many rows (at most 64) `linear` takes our kernels.
+
+On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row. For more, `benchmarks/target_pass.py --products`
+decides: this is 1 until it has.
+"""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
-    # On an H200, cuBLAS took 1.02 to 1.35 times as long as our kernel for a single row; for more there is no kernel.
-    one_row = x.numel() == x.shape[-1] and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
-    if one_row and (kernels := kernels_for(x)):
-        return kernels.linear_row(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    streamed = 1 <= rows <= STREAMED_ROWS and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
+    if streamed and (kernels := kernels_for(x)):
+        return kernels.linear_row(x, weight, bias) if rows == 1 else kernels.linear_rows(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether calling a layer is `linear` with its weights: no subclass, nothing that listens or stands in for it."""
-    return type(layer) is nn.Linear and not is_watched(layer)
+def project(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer's output: `linear` with its weights, unless it is a subclass or something listens to it."""
+    plain = type(layer) is nn.Linear and not is_watched(layer)
+    return linear(x, layer.weight, layer.bias) if plain else layer(x)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -110,19 +135,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotate_into(
-    cache: SlotCache, layer: int, joined: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, gains: Gains | None = None
+    cache: SlotCache, layer: int, joined: Tensor, cos: Tensor, sin: Tensor, gains: Gains | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys, and write keys and values where the cache was last aimed.
 
     joined    (B, N, (heads + 2 kv_heads) d), all that attention projects; it may be overwritten
     cos, sin  (B, N, d) or (1, N, d), of the pairs (i, i + d / 2)
-    lengths   (B,) committed columns of the aimed rows; the N new columns begin there
     gains     of an RMSNorm on each query and key before they turn
     Returns queries (B, heads, N, d) and views of all keys and values (B, kv_heads, columns, d).
     """
     if kernels := kernels_for(joined):
         keys, values = cache.views(layer)
-        return kernels.rotate_into(joined, cos, sin, keys, values, lengths, gains), keys, values
+        return kernels.rotate_into(joined, cos, sin, keys, values, cache.aimed, cache.start, gains), keys, values
     states = joined.unflatten(2, (-1, cache.head_dim)).transpose(1, 2)
     queries, keys, values = states.split([states.shape[1] - 2 * cache.heads, cache.heads, cache.heads], 1)
     if gains is not None:
@@ -137,19 +161,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
-    """The kernels, where they run on x: on a GPU with Triton, for the dtypes that models have there."""
-    if not x.is_cuda or x.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+def kernels_for(x: Tensor, file: str = "speculens.kernels") -> ModuleType | None:
+    """The kernels of a file, where they run on x: on a GPU with Triton, but not for float64, which models have not."""
+    if not x.is_cuda or x.dtype == torch.float64:
         return None
-    return _kernels(x.device)
+    return _kernels(x.device, file)
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device, file: str) -> ModuleType | None:
     try:
-        kernels = importlib.import_module("speculens.kernels")
-        kernels.swiglu(torch.zeros(1, 2, device=device))  # compilers and drivers fail here or not at all
+        kernels = importlib.import_module(file)
+        kernels.try_out(device)  # compilers and drivers fail here or not at all
     except Exception as error:  # noqa: BLE001 - whatever it is, plain torch does the same
-        log.warning("No Triton kernels on %s, plain torch instead: %s", device, str(error).strip().split("\n")[0])
+        log.warning("No Triton kernels of %s on %s, plain torch instead: %s", file, device, first_line(error))
         return None
     return kernels

@@ -8,7 +8,7 @@ from html import escape
 
 from speculens import html
 from speculens.answer import Answer, Entry
-from speculens.conversation import Image
+from speculens.pictures import Image
 from speculens.show import HEADINGS, cells, closing
 
 

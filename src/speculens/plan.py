@@ -23,7 +23,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any, Protocol
 
-from speculens.costs import Costs, scale_of
+from speculens.costs import Costs, scale_of, within
 from speculens.tree import TreeShape
 
 NO_DRAFT = TreeShape(num_steps=0, topk=1, num_draft_tokens=1)
@@ -36,6 +36,7 @@ LADDER = (
     TreeShape(4, 4, 16),
     TreeShape(5, 6, 32),
 )
+ROOMY = TreeShape(5, 10, 60)  # where a pass costs hardly more with many nodes
 
 CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won, and that may be saved up for later
 INCOME = 0.01  # of such a step for each token emitted: what probing may cost in the long run
@@ -48,11 +49,14 @@ class Plan(Protocol):
     @property
     def shapes(self) -> Sequence[TreeShape | None]: ...
 
+    def open(self, slots: int) -> Sequence[TreeShape | None]:
+        """Those of `shapes` that so many slots may get."""
+
     def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape | None:
         """The shape of the next step of these slots, whose longest has so many committed columns."""
 
-    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None:
-        """What the step came to: drafted tokens that each slot accepted, and its wall time."""
+    def learn(self, accepted: Mapping[Any, int], seconds: float | None) -> None:
+        """What the step came to: drafted tokens that each slot accepted; its wall time, if that was an ordinary one."""
 
     def forget(self, slot: Hashable) -> None:
         """A slot has ended."""
@@ -68,10 +72,13 @@ class Pinned:
     def shapes(self) -> Sequence[TreeShape | None]:
         return (self.shape,)
 
+    def open(self, slots: int) -> Sequence[TreeShape | None]:
+        return self.shapes
+
     def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape | None:
         return self.shape
 
-    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None: ...
+    def learn(self, accepted: Mapping[Any, int], seconds: float | None) -> None: ...
 
     def forget(self, slot: Hashable) -> None: ...
 
@@ -176,6 +183,10 @@ class Planner:
         self._chosen, self._scale, self._known = NO_DRAFT, (0, 0), False
         self._expected: dict[TreeShape, float] = {}
 
+    def open(self, slots: int) -> Sequence[TreeShape]:
+        """As many nodes as all slots together may have."""
+        return within(self.shapes, scale_of(slots, 1))
+
     def choose(self, slots: Sequence[Hashable], columns: int) -> TreeShape:
         """Take turns while the scale is new; then the best that the purse can bear."""
         self._scale = scale_of(len(slots), columns)
@@ -186,10 +197,11 @@ class Planner:
         self._chosen = self._best() if untimed is None else untimed
         return self._chosen
 
-    def learn(self, accepted: Mapping[Any, int], seconds: float) -> None:
+    def learn(self, accepted: Mapping[Any, int], seconds: float | None) -> None:
         """Costs, survival, the record of the shape, and the purse."""
         shape, mean = self._chosen, sum(accepted.values()) / len(accepted)
-        self._costs.learn(self._scale, shape, seconds)
+        if seconds is not None:
+            self._costs.learn(self._scale, shape, seconds)
         if shape != NO_DRAFT:
             self._records[shape].learn(self._expected[shape], mean)
             for slot, count in accepted.items():
@@ -211,7 +223,7 @@ class Planner:
         def rate(shape: TreeShape) -> float:
             return (1 + self._expected[shape] * self._records[shape].ratio) / costs[shape]
 
-        bearable = [shape for shape in self.shapes if shape != NO_DRAFT and self._price(shape) - 1 <= self._purse]
+        bearable = [shape for shape in costs if shape != NO_DRAFT and self._price(shape) - 1 <= self._purse]
         if not bearable:
             return NO_DRAFT
         best = max(bearable, key=rate)

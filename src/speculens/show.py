@@ -279,6 +279,6 @@ def size(number: int) -> str:
 
 def _exact(entry: Entry) -> str:
     if len(entry.answers) > 1:
-        return f"{entry.exact} of {len(entry.answers)}"
+        return f"{entry.num_exact} of {len(entry.answers)}"
     (difference,) = entry.differences
     return "yes" if difference is None else f"no: token {difference}"

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from speculens.errors import UserError
+from speculens.ops import kernels_for
+
+MOST_FOLLOWED = 1024  # nodes, of which the kernel holds some rows of the ancestors at once
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,12 @@ class DraftTree:
 
         want  (B, N): the target's own next token at each node.
         Returns path (B, P) with P = min(levels + 1, N), node indices from the root down, and counts (B,), how many of
-        them were accepted (the root always is). Entries beyond a slot's count are other nodes, in no special order.
+        them were accepted (the root always is). Entries beyond a slot's count are any nodes.
         No host read. A node is accepted iff each node on its line equals its parent's want.
         """
+        if self.size <= MOST_FOLLOWED and (kernels := kernels_for(self.tokens, "speculens.kernels_tree")):
+            parts = self.tokens, self.parents, self.depth, self.live, self.ancestors
+            return kernels.follow(*parts, want, min(self.levels + 1, self.size))
         agrees = (self.tokens == want.gather(1, self.parents)) & self.live
         agrees[:, 0].fill_(True)
         accepted = ~(self.ancestors & ~agrees[:, None, :]).any(-1)
@@ -139,6 +145,13 @@ class DraftTree:
         column = torch.where(self.ancestors, self.depth[:, None, :], spare)
         lines = torch.full((batch, size, spare + 1), -1, device=self.tokens.device)
         return lines.scatter_(2, column, nodes)[..., :-1]
+
+
+def take_last(held: Tensor, along: Tensor, counts: Tensor) -> None:
+    """Replace held (B, ...) by the last that counts of along (B, P, ...), in place; where counts (B,) is 0 it stays."""
+    held = held[:, None]
+    index = counts.view(-1, *[1] * (held.ndim - 1)).expand_as(held)
+    torch.gather(torch.cat([held, along], 1), 1, index, out=held)
 
 
 def _ancestors(parents: Tensor, levels: int) -> Tensor:

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,9 @@ def figures(name: str, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "questions": len(records),
         "num_output_tokens": line.tokens,
-        "exact": line.exact / len(records),
-        **_speedup("walltime_speedup", name, records, speedup, _whole),
-        **_speedup("decode_speedup", name, records, line.decode_speedup, _decoding),
+        "exact": line.num_exact / len(records),
+        **_speedup("walltime_speedup", name, records, speedup, attrgetter("seconds")),
+        **_speedup("decode_speedup", name, records, line.decode_speedup, attrgetter("decode_seconds")),
         **{key: value for key, value in stats.to_dict().items() if key not in UNTIMED},
         "mean_acceptance_length_interval": _length_interval(name, records),
         "efficiency": speedup / length if length else 0.0,
@@ -107,14 +108,6 @@ def _with_costs(pooled: dict[str, Any], costs: Mapping[str, Any] | None) -> dict
     return {**pooled, "draft_time_fraction": costs["draft_time_fraction"], "costs": dict(costs)}
 
 
-def _whole(answer: Answer) -> float:
-    return answer.seconds
-
-
-def _decoding(answer: Answer) -> float:
-    return answer.seconds - answer.time_to_first_token
-
-
 def _speedup(
     key: str, name: str, records: Sequence[Record], pooled: float, seconds: Callable[[Answer], float]
 ) -> dict[str, Any]:
@@ -140,7 +133,7 @@ def _length_interval(name: str, records: Sequence[Record]) -> list[float] | None
 def _per_pass(line: Entry) -> float:
     """Wall time of decoding over target passes."""
     passes = line.stats.num_drafts
-    return sum(map(_decoding, line.answers)) / passes if passes else 0.0
+    return sum(answer.decode_seconds for answer in line.answers) / passes if passes else 0.0
 
 
 def _by_case(records: Sequence[Record], values: Sequence[float]) -> list[float]:

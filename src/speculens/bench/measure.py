@@ -28,9 +28,10 @@ from speculens.conversation import Conversation, Message
 from speculens.data.journal import Journal
 from speculens.data.respond import Asking
 from speculens.drafters import Drafter, NoDrafter
-from speculens.engine import Engine, Step
+from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling, gumbel
+from speculens.slot import Step
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target
 from speculens.tree import DraftTree, TreeShape

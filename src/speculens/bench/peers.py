@@ -16,9 +16,9 @@ from torch import Tensor
 
 from speculens.answer import Answer
 from speculens.bench.measure import Contender
-from speculens.engine import Generation
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 from speculens.sampling import Sampling
+from speculens.slot import Generation
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target, load_target
 from speculens.targets.processing import image_token_id
@@ -71,9 +71,8 @@ def generate(target: Target, options: Mapping[str, Any], prompt: Prompt, samplin
             top_k=None,
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"transformers cannot decode this prompt with {', '.join(options) or 'no options'}: {reason}"
+            f"transformers cannot decode this prompt with {', '.join(options) or 'no options'}: {first_line(error)}"
         ) from error
     tokens = watch.tokens
     text = target.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

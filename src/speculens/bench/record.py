@@ -18,8 +18,8 @@ from speculens.answer import Answer, Entry
 from speculens.data.journal import Journal
 from speculens.data.sources import JsonLines
 from speculens.drafters import NoDrafter
-from speculens.engine import Generation
 from speculens.errors import UserError
+from speculens.slot import Generation
 from speculens.stats import Stats
 
 NONE = NoDrafter.name
@@ -150,7 +150,8 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file.parent} holds no finished run: {file.name} is missing; `speculens bench` writes it."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read: {reason}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is not what `speculens bench` writes.")
     return values

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second is how older published drafters are stored
 
@@ -55,8 +58,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is broken ({reason}): copy or train it again.") from None
+        raise UserError(f"{path} is broken ({first_line(error)}): copy or train it again.") from None
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds numbers that are not finite (in {name}): train it again with a lower rate.")
@@ -84,9 +86,52 @@ def load_state(drafter: TrainedDrafter, state: Mapping[str, Tensor], folder: Pat
     return drafter
 
 
+@contextmanager
+def whole(folder: Path, then: str = "Make room and run the same command again.") -> Iterator[Path]:
+    """A folder to fill; it takes the place of `folder` once all of it is on disk. Failing leaves `folder` as it was.
+
+    Raises UserError if it cannot be written, and `then` is what it tells the user to do.
+    """
+    place = folder.absolute()
+    partial, old = (place.with_name(f".{place.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
+        partial.rename(place)
+        _sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} could not be written ({first_line(error)}; {_free(place.parent)} free there). {then}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Tensors only: a pickle that would run code is refused by torch."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no table of tensors.")
     return state
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from speculens.checkpoints.files import find_folder, load_state, read_values, read_weights
 from speculens.checkpoints.published import is_published, load_published
-from speculens.drafters import METHODS, Drafter, DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
+from speculens.drafters import METHODS, Drafter, DrafterConfig, LookupDrafter, NoDrafter, TrainedDrafter
 from speculens.errors import UserError
 from speculens.targets.base import Target
 
 
-def save_drafter(drafter: EagleDrafter, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+def save_drafter(drafter: TrainedDrafter, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
     """Write a drafter; `card` (target, recipe, data, metrics) becomes its model card. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def load_drafter(
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _load_ours(folder: Path) -> EagleDrafter:
+def _load_ours(folder: Path) -> TrainedDrafter:
     config = read_config(folder)
     if config.speculator_type not in METHODS:
         raise UserError(

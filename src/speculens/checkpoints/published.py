@@ -250,7 +250,7 @@ def _check_writable(drafter: TrainedDrafter, layout: str, target: Target) -> Non
     config, kind = drafter.config, LAYOUTS[layout]
     if kind.method != drafter.name:
         own = next((name for name, other in LAYOUTS.items() if other.method == drafter.name), "ours")
-        raise UserError(f"A {drafter.name} drafter cannot be written in the layout {layout}; use {own}.")
+        raise UserError(f"A drafter of the method {drafter.name} cannot be written in the layout {layout}: use {own}.")
     if config.draft_vocab_size is not None:
         raise UserError(f"The layout {layout} drafts every token: export the drafter from which this one was trimmed.")
     if config.input_norm:

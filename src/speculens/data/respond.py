@@ -21,9 +21,10 @@ from speculens.conversation import Conversation, Message
 from speculens.data.journal import Journal
 from speculens.data.rows import Names, OnRow, Pictures, Row, error_file, reason, refusal, rest
 from speculens.data.sources import JsonLines
-from speculens.engine import Engine, Slot
+from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
+from speculens.slot import Slot
 from speculens.stats import Stats
 
 PLACE = "{prompt}"  # where the user's own words stand in a template

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from speculens.conversation import Conversation, Image, Message, Source, load_image
+from speculens.conversation import Conversation, Message
 from speculens.errors import UserError
+from speculens.pictures import Image, Source, load_image
 
 Row: TypeAlias = dict[str, Any]
 OnRow: TypeAlias = Callable[[int, int], None]

@@ -13,6 +13,11 @@ from typing import Any, BinaryIO, Protocol
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 
+# What a picture weighs in the size of a row: 576 tokens (LLaVA-1.5's) of about four characters. Families differ, and
+# how many it will be is known only once a row is encoded.
+PICTURE = 2304
+MARKS = (b'"image"', b'"images"', b'"image_url"', b"<image>")  # one of these stands in a row for each picture, or about
+
 
 class Source(Protocol):
     """Numbered conversations."""
@@ -39,9 +44,9 @@ class Listed:
         return self._conversations[index]
 
     def size(self, index: int) -> int:
-        """Characters of text."""
-        parts = (part for message in self._conversations[index].messages for part in message.content)
-        return sum(len(part) for part in parts if isinstance(part, str))
+        """Characters of text, and what the pictures weigh."""
+        parts = [part for message in self._conversations[index].messages for part in message.content]
+        return sum(len(part) if isinstance(part, str) else PICTURE for part in parts)
 
 
 class JsonLines:
@@ -74,7 +79,7 @@ class JsonLines:
         return self._place(index)[0].image_root
 
     def size(self, index: int) -> int:
-        """Bytes of the line."""
+        """Bytes of the row, and what the pictures named in it weigh."""
         file, line = self._place(index)
         return file.size(line)
 
@@ -100,12 +105,13 @@ class _File:
 
     def __init__(self, path: Path, image_root: str | Path | None) -> None:
         self.path, self.image_root = path, Path(image_root) if image_root else path.parent
-        self._starts, self._lengths = array("q"), array("q")
+        self._starts, self._lengths, self._pictures = array("q"), array("q"), array("q")
         try:
             with path.open("rb") as file:
-                for start, length in _elements(file, path) if _is_array(file) else _lines(file):
+                for start, text in _elements(file, path) if _is_array(file) else _lines(file):
                     self._starts.append(start)
-                    self._lengths.append(length)
+                    self._lengths.append(len(text))
+                    self._pictures.append(max(text.count(mark) for mark in MARKS))
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"The data file {path} cannot be read: {error.strerror}.") from None
@@ -120,7 +126,7 @@ class _File:
         return stat.st_size, stat.st_mtime_ns
 
     def size(self, line: int) -> int:
-        return self._lengths[line]
+        return self._lengths[line] + PICTURE * self._pictures[line]
 
     def row(self, line: int) -> Any:
         data = os.pread(self._descriptor, self._lengths[line], self._starts[line])
@@ -143,24 +149,25 @@ def _is_array(file: BinaryIO) -> bool:
     return sign == b"["
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Start and length in bytes of every line that is not blank."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Start of every line that is not blank, and the line."""
     start = 0
     for line in file:
         if not line.isspace():
-            yield start, len(line)
+            yield start, line
         start += len(line)
 
 
-def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
-    """Start and length in bytes of every element of an array."""
-    text = file.read().decode("latin-1")  # one character a byte; brackets and quotes are the same in UTF-8
+def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Start of every element of an array, and the element."""
+    data = file.read()
+    text = data.decode("latin-1")  # one character a byte; brackets and quotes are the same in UTF-8
     decode = json.JSONDecoder().raw_decode
     start = _skip(text, text.index("[") + 1, "")
     try:
         while text[start] != "]":
             _, end = decode(text, start)
-            yield start, end - start
+            yield start, data[start:end]
             start = _skip(text, end, ",")
     except (ValueError, IndexError):
         raise UserError(f"The data file {path} is no whole JSON array: it breaks at byte {start:,}.") from None

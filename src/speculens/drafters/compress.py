@@ -7,7 +7,6 @@ group that it was made of (both ours: the paper leaves them open).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 
 from speculens.drafters.config import DrafterConfig
 from speculens.errors import UserError
+from speculens.ops import send
+from speculens.values import read
 
 # What each mode may use, in the order in which it is used.
 MODES = {
@@ -65,17 +66,9 @@ class CompressOptions:
     @staticmethod
     def read(values: Mapping[str, Any]) -> CompressOptions:
         """From a config's `options`; raises UserError on a key or value that means nothing."""
-        known = {f.name for f in dataclasses.fields(CompressOptions)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"Unknown drafter options: {', '.join(unknown)}. Known are {', '.join(sorted(known))}.")
-        try:
-            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            made = CompressOptions(**given)
-            fault = made.fault()
-        except (TypeError, ValueError) as error:
-            fault = f"a value is of the wrong kind ({error})"
-        if fault:
-            raise UserError(f"The drafter options do not work: {fault}.")
+        made = read(CompressOptions, values, "The options of SpecVLM")
+        if fault := made.fault():
+            raise UserError(f"The options of SpecVLM do not work: {fault}.")
         return made
 
     def fault(self) -> str | None:
@@ -92,13 +85,9 @@ class CompressOptions:
             or any(ratio < 1 for ratio in self.ratios.values()),
             "the ratio of conv, its stride, is a whole number": self.ratio("conv") % 1 != 0,
             "keep is random or norm": self.keep not in ("random", "norm"),
-            "grid is two numbers, rows and columns": self.grid is not None
-            and (len(self.grid), min(self.grid) > 0) != (2, True),
-            "common_ratio, queries, widths and question_tokens are whole numbers above 0": any(
-                count % 1 or count < 1 for count in counts
-            ),
-            "temperature is two positive numbers, at the start and at the end": len(self.temperature) != 2
-            or min(self.temperature) <= 0,
+            "grid is rows and columns, each above 0": self.grid is not None and min(self.grid) < 1,
+            "common_ratio, queries, widths and question_tokens are above 0": min(counts) < 1,
+            "temperature is two positive numbers, at the start and at the end": min(self.temperature) <= 0,
         }
         return next((what for what, is_wrong in wrong.items() if is_wrong), None)
 
@@ -156,8 +145,8 @@ class Pool(nn.Module):
         rows = embeds.shape[1]
         grid = None if self.flat else known_grid(rows, self.grid)
         group = _stretches(rows, math.ceil(rows / self.ratio)) if grid is None else _tiles(*grid, self.ratio)
-        group = group.to(embeds.device)
-        member = nn.functional.one_hot(group).T.to(embeds.dtype)  # (k, m)
+        number = torch.arange(int(group[-1]) + 1, device=embeds.device)
+        member = (send(group, embeds.device) == number[:, None]).to(embeds.dtype)  # (k, m)
         mean = member / member.sum(1, keepdim=True)
         place = torch.arange(rows, device=embeds.device)
         last = torch.where(member > 0, place, 0).amax(1)
@@ -259,4 +248,4 @@ def _tiles(height: int, width: int, ratio: float) -> Tensor:
 def _subset(rows: int, count: int, seed: int, device: torch.device) -> Tensor:
     """(count,) long: the same random rows for every run of this length, so that drafts are a function of the prompt."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + rows)
-    return torch.randperm(rows, generator=generator)[:count].sort().values.to(device)
+    return send(torch.randperm(rows, generator=generator)[:count].sort().values, device)

@@ -9,6 +9,14 @@ from typing import Any
 
 from speculens.errors import UserError
 from speculens.tree import TreeShape
+from speculens.values import one_of, read
+
+NAME = "The drafter's config.json"  # what messages call it
+CONTRACTS = ("full", "compress", "adaptor", "hidden")
+SIZES = (
+    *("target_hidden_size", "target_vocab_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,19 @@ class DrafterConfig:
     tree: TreeShape = field(default_factory=TreeShape)
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        one_of(f"{NAME}: image_contract", self.image_contract, CONTRACTS)
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise UserError(f"{NAME}: {name} must be above 0, not {getattr(self, name)}.")
+        if self.num_hidden_layers != 1:
+            raise UserError(f"{NAME}: num_hidden_layers must be 1, not {self.num_hidden_layers}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DrafterConfig:
-        """Inverse of `to_dict`; raises UserError on missing or unknown keys."""
-        known = {f.name for f in dataclasses.fields(DrafterConfig)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"The drafter's config.json has unknown keys: {', '.join(unknown)}.")
-        values = dict(values)
-        try:
-            if "tree" in values:
-                values["tree"] = TreeShape(**values["tree"])
-            return DrafterConfig(**values)
-        except TypeError as error:
-            raise UserError(f"The drafter's config.json is incomplete or wrong: {error}.") from None
+        """Inverse of `to_dict`; raises UserError on missing or unknown keys and on values of another type."""
+        return read(DrafterConfig, values, NAME)

@@ -15,13 +15,16 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from speculens.attention import causal_attention
 from speculens.drafters.base import DraftSession, Lender
 from speculens.drafters.config import DrafterConfig
-from speculens.drafters.layer import Attend, DecoderLayer, causal_attention
+from speculens.drafters.layer import Attend, DecoderLayer
 from speculens.drafters.rows import Rows
 from speculens.drafters.session import HeadSession
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.fused_layer import FusedLayer
+from speculens.ops import project, send
 from speculens.tree import TreeShape
 
 
@@ -72,24 +75,26 @@ class EagleDrafter(nn.Module):
         """
         inside = features.positions < features.lengths[:, None]
         source = torch.where(inside, features.positions, -1)
-        return Rows(next_embeds, features.hidden, features.positions, source)
+        return Rows(next_embeds, features.hidden, send(features.positions, next_embeds.device), source)
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
         """[e ; f] -> what enters the layer: (B, m, H).
 
         step  0 where `rows.hidden` is the target's own, k at the k-th step on the drafter's own features
         """
-        return self.fc(torch.cat([rows.embeds, rows.hidden], dim=-1))
+        return project(self.fc, torch.cat([rows.embeds, rows.hidden], dim=-1))
 
     def forward(self, rows: Rows, attend: Attend = causal_attention, step: int = 0) -> Tensor:
         """Rows -> predicted features (B, m, H)."""
         return self.layers[0](self.enter(rows, step), rows.positions, attend)
 
+    def fused(self) -> FusedLayer:
+        """The layer that decoding runs on what `enter` gives; `forward` computes the same, and learns."""
+        return cast(DecoderLayer, self.layers[0]).fused()
+
     def session(self, target: Lender, slots: int, capacity: int, shape: TreeShape | None = None) -> DraftSession:
         """Room for `slots` sequences; raises UserError if this drafter was made for another target."""
         self.check(target)
-        for layer in self.layers:
-            cast(DecoderLayer, layer).join()
         return HeadSession(self, target, slots, capacity, shape or self.config.tree)
 
     def check(self, target: Lender) -> None:

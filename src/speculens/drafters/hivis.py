@@ -9,7 +9,7 @@ r_k is one learned vector per draft step: r_0 where the feature is the target's,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import project, send
+from speculens.values import read
 
 POSITIONS = ("auto", "contiguous", "original")
 BORDERS = ("paper", "after", "vllm")
@@ -48,22 +50,18 @@ class HivisOptions:
     step_embedding: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frame", tuple(self.frame))  # JSON knows lists alone
         for name, known in (("positions", POSITIONS), ("border", BORDERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"The option {name} of HiViS is one of {', '.join(known)}, not {getattr(self, name)}.")
         if len(self.frame) not in (0, 2):
             raise UserError(f"The option frame of HiViS is two token ids or none, not {list(self.frame)}.")
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if self.steps < 1:
             raise UserError(f"The option steps of HiViS must be a whole number above 0, not {self.steps}.")
 
     @staticmethod
     def read(options: Mapping[str, Any]) -> HivisOptions:
         """From a config's options; raises UserError on unknown ones."""
-        known = [f.name for f in fields(HivisOptions)]
-        if unknown := sorted(set(options) - set(known)):
-            raise UserError(f"HiViS has no option {', '.join(unknown)}; it knows {', '.join(known)}.")
-        return HivisOptions(**options)
+        return read(HivisOptions, options, "The options of HiViS")
 
 
 class HivisDrafter(EagleDrafter):
@@ -119,15 +117,17 @@ class HivisDrafter(EagleDrafter):
         if self.options.positions == "original":
             positions = features.positions.gather(1, take)
         else:
-            positions = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        return Rows(_rows(next_embeds, source.clamp(min=0)), _rows(features.hidden, take), positions, source)
+            positions = torch.arange(source.shape[1]).expand_as(source)
+        index = torch.stack([source.clamp(min=0), take, positions])
+        following, taken, positions = send(index, next_embeds.device)
+        return Rows(_rows(next_embeds, following), _rows(features.hidden, taken), positions, source)
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
         """[e ; f ; r_step] -> what enters the layer: (B, m, H)."""
         if not self.options.step_embedding:
             return super().enter(rows, step)
         bias = self.residual[min(step, self.options.steps - 1)].expand_as(rows.hidden)
-        return self.fc(torch.cat([rows.embeds, rows.hidden, bias], dim=-1))
+        return project(self.fc, torch.cat([rows.embeds, rows.hidden, bias], dim=-1))
 
     def _hidden(self, features: Features) -> Tensor:
         """(B, n) bool: tokens that count as picture."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from speculens.attention import folded_attention
 from speculens.drafters.config import DrafterConfig
-from speculens.ops import Joined, swiglu
+from speculens.fused_layer import FusedLayer, Norm
+from speculens.ops import Joined, rotate
 
 # attend(queries (B, heads, m, d), keys and values (B, kv_heads, m, d)) -> (B, heads, m, d).
 # The caller decides where keys and values live and who sees whom: training, prefill and tree growth differ only here.
@@ -29,16 +29,29 @@ class DecoderLayer(nn.Module):
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         self.mlp = _SwiGLU(size, config.intermediate_size)
+        self._eps = eps
+        self._fused: FusedLayer | None = None
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows x (B, m, H) at positions (B, m) -> (B, m, H). No final norm (the output is a target feature)."""
         x = x + self.self_attn(self.input_layernorm(x), positions, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def join(self) -> None:
-        """For decoding: queries, keys and values as one product, gate and up as another. Changes no value or name."""
-        self.self_attn.joined = _joined(self.self_attn.projections, self.self_attn.joined)
-        self.mlp.joined = _joined(self.mlp.gates, self.mlp.joined)
+    def fused(self) -> FusedLayer:
+        """The same layer for decoding, over the same weights; made anew if they were cast or moved."""
+        if not (self._fused and self._fused.intact):
+            attention, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
+            before, after = (Norm(norm.weight, self._eps) if isinstance(norm, nn.RMSNorm) else None for norm in norms)
+            self._fused = FusedLayer(
+                input_norm=before,
+                qkv=Joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+                output=attention.o_proj,
+                post_norm=after,
+                gate_up=Joined([mlp.gate_proj, mlp.up_proj]),
+                down=mlp.down_proj,
+                scale=attention.head_dim**-0.5,
+            )
+        return self._fused
 
 
 class _Attention(nn.Module):
@@ -50,20 +63,11 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
-        self.joined: Joined | None = None
-
-    @property
-    def projections(self) -> tuple[nn.Linear, ...]:
-        return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        cos, sin = _rope(positions, self.head_dim, self.theta, x.dtype)
-        if _usable(self.joined):
-            states = self.joined(x).split([project.out_features for project in self.projections], -1)
-        else:
-            states = tuple(project(x) for project in self.projections)
-        queries, keys, values = map(self._heads, states)
-        mixed = attend(_rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
+        cos, sin = rotary(positions[:, None], self.head_dim, self.theta, x.dtype)
+        queries, keys, values = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = attend(rotate(queries, cos, sin), rotate(keys, cos, sin), values)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -76,33 +80,15 @@ class _SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
-        self.joined: Joined | None = None
-
-    @property
-    def gates(self) -> tuple[nn.Linear, ...]:
-        return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        if _usable(self.joined):
-            return self.down_proj(swiglu(self.joined(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _joined(layers: tuple[nn.Linear, ...], joined: Joined | None) -> Joined | None:
-    """Join layers, unless they are joined already or cannot be (quantised, or adapted)."""
-    if joined is not None and joined.intact:
-        return joined
-    return Joined(layers) if Joined.possible(layers) else None
-
-
-def _usable(joined: Joined | None) -> TypeGuard[Joined]:
-    """Not in training, where gradients flow to the layers' own parameters, nor after their weights have moved."""
-    return joined is not None and not torch.is_grad_enabled() and joined.intact
-
-
-def _rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, m, head_dim / 2), computed where needed: a table would put a limit on positions."""
-    angles = positions[:, None, :, None].float() * _frequencies(head_dim, theta, positions.device)
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., head_dim) of positions (...), for `ops.rotate`."""
+    angles = positions[..., None].float() * _frequencies(head_dim, theta, positions.device)
+    angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -111,17 +97,6 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     """(head_dim / 2,) float32. Not a buffer of the module: casting that to bfloat16 would cast these too."""
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     return theta**-exponent
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2), as Llama and Qwen do."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Each row sees itself and all rows before it; padding on the right then harms nobody."""
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
 
 
 def biased_attention(attend: Attend, bias: Tensor) -> Attend:

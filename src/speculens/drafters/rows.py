@@ -16,7 +16,8 @@ class Rows:
     embeds     (B, m, H) layer-0 input of the token after the slot
     hidden     (B, m, H) the target's feature at the slot, or the drafter's own guess of it where it feeds itself
     positions  (B, m) long, for RoPE
-    source     (B, m) long, the slot i, -1 where a row stands for none (padding, compressed tokens); None in decoding
+    source     (B, m) long on the host, the slot i, -1 where a row stands for none (padding, compressed tokens); None
+               in decoding
     direct     (B, m) bool, rows whose `embeds` enter the layer as they are, without a feature; None means none
     memory     (B, m, H) what a view remembers of the picture at each later row; None if it remembers nothing
     bias       (B, m) added to a row's scores as a key, for choices that are being learnt; None means 0

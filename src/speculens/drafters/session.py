@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from speculens.attention import TreeMask, tree_attention
+from speculens.attention import TreeMask, causal_attention, tree_attention
 from speculens.cache import SlotCache
 from speculens.drafters.base import Lender, Prefilled
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.grow import grow, likeliest
-from speculens.drafters.layer import Attend, causal_attention
+from speculens.drafters.layer import rotary
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.tree import DraftTree, TreeShape
+from speculens.fused_layer import Attend, FusedLayer
+from speculens.tree import DraftTree, TreeShape, take_last
 
 
 class Head(Protocol):
-    """What a session asks of a method: its view of the prompt, and its layer over rows."""
+    """What a session asks of a method: its view of the prompt, what enters its layer, and the layer."""
 
     config: DrafterConfig
     d2t: Tensor | None
 
     def view(self, features: Features, next_embeds: Tensor) -> Rows: ...
 
-    def __call__(self, rows: Rows, attend: Attend = ..., step: int = 0) -> Tensor: ...
+    def enter(self, rows: Rows, step: int = 0) -> Tensor: ...
+    def fused(self) -> FusedLayer: ...
 
 
 class HeadSession:
@@ -43,9 +46,10 @@ class HeadSession:
         vocabulary = target.vocab_size if self._ids is None else len(self._ids)
         if shape.topk > vocabulary:
             raise UserError(f"topk {shape.topk} is larger than the draft vocabulary of {vocabulary}.")
+        scratch = shape.levels + 1 + shape.num_steps * shape.topk  # columns above what is committed
         self.cache = SlotCache(
             slots=slots,
-            capacity=capacity + shape.levels + 1 + shape.num_steps * shape.topk,
+            capacity=capacity + scratch,
             heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             dtype=target.dtype,
@@ -55,6 +59,11 @@ class HeadSession:
         self._position = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._memory = torch.zeros_like(self._hidden)
         self._horizon = 0  # of the pass at hand; no view has more rows than the target
+        # What every pass would compute again: numbers, rotations of all positions there can be, (2, positions, d), and
+        # who sees whom among rows in a line.
+        self._numbers = torch.arange(self.cache.capacity, device=target.device)
+        self._turns = torch.stack(rotary(self._numbers, config.head_dim, config.rope_theta, target.dtype))
+        self._before = torch.ones(scratch, scratch, dtype=torch.bool, device=target.device).tril()
         self.state = (self.cache.lengths, self._hidden, self._position)
         self.nbytes = self.cache.nbytes
 
@@ -66,7 +75,7 @@ class HeadSession:
         count = rows.positions.shape[1]
         with self.cache.opening() as row:
             self.cache.aim(range(row, row + 1), count)
-            output = self.drafter(rows, self._causal)
+            output = self._run(rows, self._turns[:, rows.positions], causal_attention, step=0)
             self.cache.commit(count)
             self.cache.settle([count], row)
         self._hidden[row] = output[0, -1]
@@ -77,8 +86,18 @@ class HeadSession:
 
     @torch.no_grad()
     def draft(self, roots: Tensor, shape: TreeShape | None = None, horizon: int = 0) -> DraftTree:
+        shape, batch = shape or self.shape, len(roots)
+        positions = self._position[:batch] + self._numbers[: shape.num_steps, None]  # of all levels, (levels, B)
+        positions = positions[..., None].expand(-1, -1, shape.topk)
+        turns = self._turns[:, positions]
         self._horizon = horizon
-        return grow(roots, self._hidden[: len(roots)], self._propose, self._expand, shape or self.shape)
+
+        def expand(tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
+            """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
+            rows = self._rows(tokens, hidden, positions[level])
+            return self._extend(rows, turns[:, level], lineage, start=level * shape.topk, step=level + 1)
+
+        return grow(roots, self._hidden[:batch], self._propose, expand, shape)
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor, horizon: int = 0) -> None:
@@ -86,16 +105,14 @@ class HeadSession:
 
         What lies beyond a slot's count enters too, behind all that counts, so that it is seen by nothing that is kept.
         """
-        self._horizon = horizon
         batch, width = tokens.shape
-        offsets = torch.arange(width, device=tokens.device)
-        before = (offsets <= offsets[:, None]).expand(batch, -1, -1)
-        position = self._position[:batch]
-        output = self._run(self._rows(tokens, hidden, position[:, None] + offsets), 0, before, step=0)
+        positions = self._position[:batch, None] + self._numbers[:width]
+        before = self._before[:width, :width].expand(batch, -1, -1)
+        self._horizon = horizon
+        output = self._extend(self._rows(tokens, hidden, positions), self._turns[:, positions], before)
         self.cache.commit(counts)
-        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[2])
-        self._hidden[:batch] = torch.where(counts[:, None] > 0, output.gather(1, last)[:, 0], self._hidden[:batch])
-        position += counts
+        take_last(self._hidden[:batch], output, counts)
+        self._position[:batch].add_(counts)
 
     def settle(self, accepted: Sequence[Sequence[int]]) -> None:
         """The host's side of the cache follows."""
@@ -110,31 +127,23 @@ class HeadSession:
         self.cache.free(row)
 
     def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores, tokens = likeliest(self.target.logits(hidden, self._head), count)
-        return scores, tokens if self._ids is None else self._ids[tokens]
-
-    def _expand(self, tokens: Tensor, hidden: Tensor, level: int, lineage: Tensor) -> Tensor:
-        """Self-fed: the feature of a drafted token's slot is the drafter's own output at its parent."""
-        positions = (self._position[: len(tokens), None] + level).expand_as(tokens)
-        return self._run(self._rows(tokens, hidden, positions), level * tokens.shape[1], lineage, step=level + 1)
+        return likeliest(self.target.logits(hidden, self._head), count, self._ids)
 
     def _rows(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Rows:
         memory = self._memory[: len(tokens), None].expand_as(hidden)
         return Rows(self.target.embed(tokens), hidden, positions, memory=memory)
 
-    def _run(self, rows: Rows, start: int, newest: Tensor, step: int) -> Tensor:
+    def _extend(self, rows: Rows, turn: Tensor, newest: Tensor, start: int = 0, step: int = 0) -> Tensor:
         """The layer over new columns `start` .. of every running slot; newest (B, m, M) masks the M newest columns."""
         batch, width = rows.positions.shape
         self.cache.aim(range(batch), width, start, self._horizon)
-        mask = TreeMask(self.cache.lengths[:batch], newest)
+        return self._run(rows, turn, partial(tree_attention, mask=TreeMask(self.cache.aimed, newest)), step)
 
-        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return tree_attention(queries, *self.cache.write(0, keys, values), mask)
-
-        return self.drafter(rows, attend, step)
-
-    def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return causal_attention(queries, *self.cache.write(0, keys, values))
+    def _run(self, rows: Rows, turn: Tensor, attend: Attend, step: int) -> Tensor:
+        """The layer over rows (B, m), turned by (2, B, m, d), where the cache was last aimed -> (B, m, H)."""
+        cos, sin = turn
+        stream, update = self.drafter.fused()(self.drafter.enter(rows, step), None, (cos, sin), self.cache, 0, attend)
+        return stream + update
 
 
 def _checked(ids: Tensor | None, target: Lender) -> Tensor | None:

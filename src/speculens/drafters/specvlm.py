@@ -10,19 +10,21 @@ by run. Text slots stay as they are, at their own positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speculens.attention import causal_attention
 from speculens.drafters.compress import OPERATORS, RATIOS, CompressOptions, Pressed
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
-from speculens.drafters.layer import Attend, biased_attention, causal_attention
+from speculens.drafters.layer import Attend, biased_attention
 from speculens.drafters.rows import Rows
 from speculens.features import Features
+from speculens.ops import send
 
 # Weight, as a key, of a row that was not selected: nothing to the output, and yet a gradient with respect to it.
 UNSELECTED = 1e-8
@@ -40,6 +42,22 @@ class Run:
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Group:
+    """R runs of equal length m, as the operators take them.
+
+    runs           their numbers; index (R,) long, the same on the device
+    start          (R, 1) long, their first slots
+    embeds, hidden (R, m, H)
+    """
+
+    runs: Sequence[int]
+    index: Tensor
+    start: Tensor
+    embeds: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class SpecVLMDrafter(EagleDrafter):
         """z: (R, operators), float32 or wider."""
         assert self.gate is not None  # noqa: S101 - for the type checker: asked only where there is one
         spans = [(run.sequence, run.question.start, run.question.stop) for run in runs]
-        sequence, start, stop = torch.tensor(spans, device=features.hidden.device).T[..., None]
+        sequence, start, stop = send(torch.tensor(spans), features.hidden.device).T[..., None]
         row = start + torch.arange(max(len(run.question) for run in runs), device=start.device)
         share = ((row < stop) / (stop - start)).to(features.hidden.dtype)
         mean = (share[:, None] @ features.hidden[sequence, row.minimum(stop - 1)])[:, 0]
@@ -140,63 +158,58 @@ class SpecVLMDrafter(EagleDrafter):
     ) -> tuple[list[Block], Mapping[str, list[str]]]:
         """The blocks of all runs, in the order in which they stand in a run, and what to note of each run."""
         used, mode = self.options.used, self.options.mode
-        groups = _by_length(dict(enumerate(runs)))
         if not runs:
             return [], {}
+        groups = _by_length(dict(enumerate(runs)), features, next_embeds) if mode != "select" or self._learning else []
         if mode == "concat":
-            return [self._press(name, features, next_embeds, group) for group in groups for name in used], {}
+            return [self._press(name, group) for group in groups for name in used], {}
         if mode == "weighted":
-            return self._mix(features, next_embeds, runs), {}
+            return self._mix(features, groups, runs), {}
         if self.gate is not None and self._learning:
             bias = (self._draw(self._logits(features, runs)) + UNSELECTED).log()
             return [
-                Block(block.runs, block.rows, bias[block.runs, number])
+                replace(self._press(name, group), bias=bias[group.index, number])
                 for group in groups
                 for number, name in enumerate(used)
-                for block in [self._press(name, features, next_embeds, group)]
             ], {}
         names = self._names(features, runs)
         chosen = {name: {i: run for i, run in enumerate(runs) if names[i] == name} for name in used}
         return [
-            self._press(name, features, next_embeds, group)
+            self._press(name, group)
             for name, theirs in chosen.items()
-            for group in _by_length(theirs)
+            for group in _by_length(theirs, features, next_embeds)
         ], {"operator": names}
 
-    def _press(self, name: str, features: Features, next_embeds: Tensor, group: Mapping[int, Run]) -> Block:
+    def _press(self, name: str, group: Group) -> Block:
         """One operator over runs of one length. `last` becomes a slot of the sequence."""
-        device, runs = next_embeds.device, list(group.values())
-        start = torch.tensor([run.start for run in runs], device=device)[:, None]
-        sequence = torch.tensor([run.sequence for run in runs], device=device)[:, None]
-        slot = start + torch.arange(runs[0].length, device=device)
-        embeds, hidden, last = self.operators[name](next_embeds[sequence, slot], features.hidden[sequence, slot])
-        return Block(list(group), Pressed(embeds, hidden, start + last))
+        embeds, hidden, last = self.operators[name](group.embeds, group.hidden)
+        return Block(group.runs, Pressed(embeds, hidden, group.start + last))
 
-    def _mix(self, features: Features, next_embeds: Tensor, runs: Sequence[Run]) -> list[Block]:
+    def _mix(self, features: Features, groups: Sequence[Group], runs: Sequence[Run]) -> list[Block]:
         """Mode `weighted`: the operators' rows, one by one, added up with the gate's softmax."""
         shape = (len(runs), len(self.options.used))
-        share = self._logits(features, runs).softmax(-1) if self.gate is not None else next_embeds.new_ones(shape)
-        share, mixed = share.to(next_embeds.dtype), []
-        for group in _by_length(dict(enumerate(runs))):
-            parts = [self._press(name, features, next_embeds, group).rows for name in self.options.used]
-            weights = share[list(group)].T[..., None, None]  # (operators, R, 1, 1)
+        share = self._logits(features, runs).softmax(-1) if self.gate is not None else features.hidden.new_ones(shape)
+        share, mixed = share.to(features.hidden.dtype), []
+        for group in groups:
+            parts = [self._press(name, group).rows for name in self.options.used]
+            weights = share[group.index].T[..., None, None]  # (operators, R, 1, 1)
             embeds, hidden = (
                 (weights * torch.stack(streams)).sum(0)
                 for streams in ([part.embeds for part in parts], [part.hidden for part in parts])
             )
-            mixed.append(Block(list(group), Pressed(embeds, hidden, parts[-1].last)))
+            mixed.append(Block(group.runs, Pressed(embeds, hidden, parts[-1].last)))
         return mixed
 
 
 def find_runs(features: Features, question_tokens: int) -> list[Run]:
-    """The visual slots, stretch by stretch, and what is asked about each; the one host read of a view.
+    """The visual slots, stretch by stretch, and what is asked about each.
 
     The question: the text between the last picture and the answer (where answers are marked, as in training; else the
     end), at most its last `question_tokens` rows.
     """
-    image = features.image.cpu().numpy()
+    image = features.image.numpy()
     lengths = features.lengths.tolist()
-    answer = None if features.answer is None else features.answer.cpu().numpy()
+    answer = None if features.answer is None else features.answer.numpy()
     runs = []
     for sequence, length in enumerate(lengths):
         visual = np.zeros(length + 1, dtype=np.int8)
@@ -212,12 +225,21 @@ def find_runs(features: Features, question_tokens: int) -> list[Run]:
     return runs
 
 
-def _by_length(runs: Mapping[int, Run]) -> list[dict[int, Run]]:
+def _by_length(runs: Mapping[int, Run], features: Features, next_embeds: Tensor) -> list[Group]:
     """Numbered runs, those of equal length together: operators work on them as one batch."""
-    groups: dict[int, dict[int, Run]] = {}
+    groups: dict[int, list[int]] = {}
     for number, run in runs.items():
-        groups.setdefault(run.length, {})[number] = run
-    return list(groups.values())
+        groups.setdefault(run.length, []).append(number)
+    return [
+        _gather(numbers, [runs[number] for number in numbers], features, next_embeds) for numbers in groups.values()
+    ]
+
+
+def _gather(numbers: list[int], runs: Sequence[Run], features: Features, next_embeds: Tensor) -> Group:
+    table = torch.tensor([(number, run.sequence, run.start) for number, run in zip(numbers, runs, strict=True)])
+    index, sequence, start = send(table, next_embeds.device).T[..., None]
+    slot = start + torch.arange(runs[0].length, device=start.device)
+    return Group(numbers, index[:, 0], start, next_embeds[sequence, slot], features.hidden[sequence, slot])
 
 
 def _assemble(
@@ -228,9 +250,8 @@ def _assemble(
     All rows there are, text slots and then blocks, form one list; an index into it says which row stands where.
     """
     batch, slots, size = next_embeds.shape
-    index = torch.as_tensor(_layout(features, runs, blocks, slots), device=next_embeds.device)
-    real = index >= 0
-    index = index.clamp(min=0)
+    layout = torch.from_numpy(_layout(features, runs, blocks, slots))
+    index = send(layout.clamp(min=0), next_embeds.device)
 
     def lay(text: Tensor, made: Sequence[Tensor]) -> Tensor:
         return torch.cat([text, *made])[index]
@@ -238,8 +259,8 @@ def _assemble(
     flat = [block.rows for block in blocks]
     embeds = lay(next_embeds.reshape(-1, size), [rows.embeds.reshape(-1, size) for rows in flat])
     hidden = lay(features.hidden.reshape(-1, size), [rows.hidden.reshape(-1, size) for rows in flat])
-    positions = lay(features.positions.reshape(-1), [rows.last.reshape(-1) for rows in flat])
-    source = torch.where(real & (index < batch * slots), index % slots, -1)
+    positions = lay(send(features.positions, index.device).reshape(-1), [rows.last.reshape(-1) for rows in flat])
+    source = torch.where((layout >= 0) & (layout < batch * slots), layout % slots, -1)
     bias = None
     biases = [b.bias[:, None].expand(b.rows.last.shape).reshape(-1) for b in blocks if b.bias is not None]
     if biases:

@@ -22,6 +22,8 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import project, send
+from speculens.values import read
 
 FUSIONS = ("concat", "add", "none")
 
@@ -45,17 +47,11 @@ class Options:
     @staticmethod
     def read(config: DrafterConfig) -> Options:
         """Raises UserError on unknown keys and impossible values."""
-        try:
-            options = Options(**config.options)
-        except TypeError as error:
-            raise UserError(f"The options of a vispec drafter are wrong: {error}.") from None
-        sizes = (options.num_q, options.adaptor_heads or 1, options.adaptor_head_dim or 1)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(
-                "The options num_q, adaptor_heads and adaptor_head_dim of a vispec drafter must be above 0."
-            )
+        options = read(Options, config.options, "The options of ViSpec")
+        if min(options.num_q, options.adaptor_heads or 1, options.adaptor_head_dim or 1) < 1:
+            raise UserError("The options num_q, adaptor_heads and adaptor_head_dim of ViSpec must be above 0.")
         if options.fusion not in FUSIONS:
-            raise UserError(f"A vispec drafter's option fusion is one of {', '.join(FUSIONS)}, not {options.fusion!r}.")
+            raise UserError(f"The option fusion of ViSpec is one of {', '.join(FUSIONS)}, not {options.fusion!r}.")
         return options
 
 
@@ -106,23 +102,25 @@ class ViSpecDrafter(EagleDrafter):
         compressed = visual & (left < self.options.num_q - 1)
         kept = compressed | (inside & ~visual)
         order = (~kept).byte().argsort(dim=1, stable=True)[:, : int(kept.sum(1).amax())]
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(1, order) if x.ndim == 2 else x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-
-        direct, run = take(compressed), take(run)
-        query = torch.where(direct, self.options.num_q - 2 - take(left), 0)
+        real, compressed, run, left, positions = (
+            x.gather(1, order) for x in (kept, compressed, run, left, features.positions)
+        )
+        source = torch.where(real & ~compressed, order, -1)
+        query = torch.where(compressed, self.options.num_q - 2 - left, 0)
+        device = next_embeds.device
+        order, run, query, positions, direct = send(torch.stack([order, run, query, positions, compressed]), device)
+        direct, taken = direct.bool(), order[..., None].expand(-1, -1, next_embeds.shape[2])
         return Rows(
-            embeds=torch.where(direct[..., None], pictures[run, query], take(next_embeds)),
-            hidden=take(features.hidden),
-            positions=take(features.positions),
-            source=torch.where(take(kept) & ~direct, order, -1),
+            embeds=torch.where(direct[..., None], pictures[run, query], next_embeds.gather(1, taken)),
+            hidden=features.hidden.gather(1, taken),
+            positions=positions,
+            source=source,
             direct=direct,
             memory=None if self.options.fusion == "none" else pictures[run, -1],
         )
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
-        entered = self.fc(torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
+        entered = project(self.fc, torch.cat([rows.embeds, self._fuse(rows)], dim=-1))
         return entered if rows.direct is None else torch.where(rows.direct[..., None], rows.embeds, entered)
 
     def _fuse(self, rows: Rows) -> Tensor:
@@ -131,25 +129,27 @@ class ViSpecDrafter(EagleDrafter):
             return rows.hidden
         memory = torch.zeros_like(rows.hidden) if rows.memory is None else rows.memory
         if self.options.fusion == "add":
-            return rows.hidden + self.img_fc(memory)
-        return self.img_fc(torch.cat([rows.hidden, memory], dim=-1))
+            return rows.hidden + project(self.img_fc, memory)
+        return project(self.img_fc, torch.cat([rows.hidden, memory], dim=-1))
 
     def _compress(self, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adaptor over every picture of a batch.
 
-        visual  (B, n) bool, embeds (B, n, H)
-        Returns (B, n) long, which picture is the newest at each slot, 0 before the first; (B, n) long, how many rows
-        of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for picture 0, which is none.
+        visual  (B, n) bool on the host, embeds (B, n, H)
+        Returns, the first two on the host: (B, n) long, which picture is the newest at each slot, 0 before the first;
+        (B, n) long, how many rows of its picture still follow a visual slot; (1 + R, num_q, H) the outputs, all 0 for
+        picture 0, which is none.
         """
         begins = visual & ~F.pad(visual[:, :-1], (1, 0))
         number = begins.flatten().cumsum(0).view_as(begins)
         start = F.pad(begins.flatten().nonzero()[:, 0], (1, 0))
         length = torch.bincount(number[visual], minlength=len(start)).clamp(min=1)
-        offset = torch.arange(int(length.amax()), device=visual.device)
+        offset = torch.arange(int(length.amax()))
         rows = (start[:, None] + offset).clamp(max=visual.numel() - 1)
         # Picture 0 is computed too, so that the adaptor has a gradient (of 0) also where a batch has no picture.
-        outputs = self.imadpt(embeds.flatten(0, 1)[rows], offset < length[:, None])
-        some = torch.arange(len(start), device=visual.device) > 0
+        rows, real = (send(x, embeds.device) for x in (rows, offset < length[:, None]))
+        outputs = self.imadpt(embeds.flatten(0, 1)[rows], real)
+        some = torch.arange(len(start), device=embeds.device) > 0
         run = torch.where(begins.cumsum(1) > 0, number, 0)
-        slot = torch.arange(visual.numel(), device=visual.device).view_as(visual)
+        slot = torch.arange(visual.numel()).view_as(visual)
         return run, (start + length)[run] - 1 - slot, outputs * some[:, None, None]

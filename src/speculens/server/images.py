@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from speculens.conversation import decode_data_uri
 from speculens.errors import UserError
+from speculens.pictures import decode_data_uri
 from speculens.server.settings import Limits
 
 REDIRECTS = 3

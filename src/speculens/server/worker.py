@@ -24,15 +24,17 @@ from transformers.utils import logging as transformers_logging
 
 from speculens.answer import runs
 from speculens.checkpoints import load_drafter
-from speculens.conversation import Conversation, load_image
+from speculens.conversation import Conversation
 from speculens.conversation import Message as Turn
 from speculens.drafters.base import reshaped
-from speculens.engine import Engine, Slot, Step
+from speculens.engine import Engine
 from speculens.errors import UserError
+from speculens.pictures import load_image
 from speculens.sampling import Logprob, Sampling
 from speculens.server.errors import origin_of
 from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal, Warming
+from speculens.slot import Slot, Step
 from speculens.targets import Prompt, Target, load_target
 from speculens.text import TextStream
 from speculens.tree import DraftTree

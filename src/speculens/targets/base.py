@@ -10,21 +10,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculens.attention import TreeMask
+from speculens.attention import TreeMask, causal_attention, tree_attention
 from speculens.cache import SlotCache, cache_arguments
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import is_plain, linear
+from speculens.ops import project, send
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
-from speculens.targets.processing import encode
+from speculens.targets.processing import encode, image_token_id
+from speculens.targets.segments import foresees
 from speculens.tree import DraftTree
 
 
@@ -111,6 +113,28 @@ class Target:
                 return frozenset(ids if isinstance(ids, (list, tuple)) else [int(ids)])
         return frozenset()
 
+    def describe(self) -> dict[str, Any]:
+        """What `inspect` shows. Works on an outline, too."""
+        token, ends = image_token_id(self.model.config), sorted(self.eos_token_ids)
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        spell = self.tokenizer.convert_ids_to_tokens
+        return {
+            "model_type": self.family,
+            "architecture": type(self.model).__name__,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "context": self.context,
+            "kv_bytes_per_token": self.session(slots=1, capacity=1).nbytes,
+            "positions": "M-RoPE" if "mrope_section" in rope else "1-D",
+            "image_token": spell(token),
+            "image_token_id": token,
+            "eos_tokens": spell(ends),
+            "eos_token_ids": ends,
+        }
+
     # What it computes
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Prompt:
@@ -129,9 +153,7 @@ class Target:
     def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor:
         """The head, or some of its rows, on hidden states after the final norm: (..., H) -> (..., V)."""
         head = self.head if head is None else head
-        hidden = hidden.to(head.weight.device)
-        logits = linear(hidden, head.weight, head.bias) if is_plain(head) else head(hidden)
-        logits = logits.to(self.device)
+        logits = project(head, hidden.to(head.weight.device)).to(self.device)
         if self._softcap and self._softcap_applies:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
@@ -152,7 +174,7 @@ class Target:
         return TargetSession(self, slots, capacity)
 
     def fused(self) -> FusedDecoder | None:
-        """The decoder's faster form for scoring, if its build allows one; made anew if the model was cast or moved."""
+        """The decoder's faster form, if its build allows one; made anew if the model was cast or moved."""
         if self._fusible and not (self._fused and self._fused.intact):
             self._fused = fuse(self.decoder)
             self._fusible = self._fused is not None
@@ -161,11 +183,11 @@ class Target:
     def teach(self, inputs: dict[str, Any], image: Tensor) -> Features:
         """One frozen forward over whole sequences, padded on the right: what training distils from.
 
-        inputs  what the model's forward takes, on any device; attention_mask (B, n) marks the real rows
-        image   (B, n) bool
+        inputs  what the model's forward takes, on the host; attention_mask (B, n) marks the real rows
+        image   (B, n) bool, on the host
         """
         with torch.no_grad():
-            door = self.at_the_door(inputs | self._host_positions(inputs), cache=None)
+            door = self.at_the_door(inputs, cache=None)
             mask = door.get("attention_mask")
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 # A plain padding mask: the model adds causality and nothing else, so no real row sees the padding on
@@ -173,14 +195,19 @@ class Target:
                 door["attention_mask"] = None
             hidden = self.decoder(**door).last_hidden_state
             self.calibrate(inputs, hidden[0, -1])
-            tokens = inputs["input_ids"].to(self.device)
-            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-            lengths = inputs["attention_mask"].sum(1).to(self.device)
+            tokens, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
             embeds = door["inputs_embeds"].to(self.device)
-            return Features(tokens, hidden.to(self.device), embeds, positions, image.to(self.device), lengths)
+            return Features(tokens, hidden.to(self.device), embeds, positions, image, lengths)
 
     def at_the_door(self, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """Run the model's own forward up to its text decoder and return what would have gone in."""
+        inputs = inputs | self.positions(inputs)
+        sizes = (
+            "image_sizes",
+            *(("image_grid_thw", "video_grid_thw") if self._foresees else ()),
+        )  # the host reads them
+        kept = {name: inputs[name] for name in sizes if name in inputs}
         caught: dict[str, Any] = {}
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,7 +216,7 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.fitted(inputs), **cache_arguments(self.model, cache))
+            self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
         finally:
@@ -201,23 +228,28 @@ class Target:
     def fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of the model's forward on its device, pictures in its dtype."""
         return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            name: send(value, self.device).to(self.dtype if value.is_floating_point() else value.dtype)
             if isinstance(value, Tensor)
             else value
             for name, value in inputs.items()
         }
 
-    def _host_positions(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """M-RoPE positions by the model's own rule, on the host: it reads row by row and number by number.
+    def positions(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """M-RoPE `position_ids` by the model's own rule, on the host: it reads row by row and number by number.
 
-        On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device.
+        On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device. Nothing for
+        targets without, and for inputs that have them.
         """
         rule = getattr(getattr(self.model, "model", None), "get_rope_index", None)
-        if rule is None or "mm_token_type_ids" not in inputs:
+        if rule is None or "mm_token_type_ids" not in inputs or "position_ids" in inputs:
             return {}
         known = inspect.signature(rule).parameters
         read = {name: value.cpu() for name, value in inputs.items() if name in known and isinstance(value, Tensor)}
         return {"position_ids": rule(**read)[0]}
+
+    @cached_property
+    def _foresees(self) -> bool:
+        return foresees(self.model)
 
     @property
     def calibrated(self) -> bool:
@@ -292,7 +324,8 @@ class TargetSession:
             row = cache.running
             cache.aim(range(row, row + 1), rows)
             door = target.at_the_door(prompt.inputs, self._past) | self._given
-            size = size if size and _is_plain(door) else rows
+            plain = _is_plain(door)
+            size = size if size and plain else rows
             parts = []
             for start in range(0, rows, size):
                 if start:
@@ -300,22 +333,21 @@ class TargetSession:
                 stop = min(start + size, rows)
                 row = cache.running  # not what it was, if a slot has ended
                 cache.aim(range(row, row + 1), stop - start)
-                parts.append(target.decoder(**(_piece(door, start, stop) if size < rows else door)).last_hidden_state)
+                parts.append(self._take(_piece(door, start, stop) if plain else door, plain=plain))
                 cache.commit(stop - start)
                 cache.settle([stop - start], row)
             hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
             positions = door.get("position_ids")
-            self._offsets[row] = 0 if positions is None else _last_position(positions) + 1 - rows
-        device = target.device
+            self._offsets[row] = 0 if positions is None else _turned(positions).amax() + 1 - rows
         features = Features(
-            tokens=prompt.ids[None].to(device),
-            hidden=hidden.to(device),
-            embeds=door["inputs_embeds"].to(device),
-            positions=torch.arange(rows, device=device)[None],
-            image=prompt.image[None].to(device),
-            lengths=torch.tensor([rows], device=device),
+            tokens=prompt.ids[None],
+            hidden=hidden.to(target.device),
+            embeds=door["inputs_embeds"].to(target.device),
+            positions=torch.arange(rows)[None],
+            image=prompt.image[None],
+            lengths=torch.tensor([rows]),
         )
         return logits, features
 
@@ -340,7 +372,7 @@ class TargetSession:
         mask = TreeMask(lengths, tree.ancestors, tree.depth)
         embeds = target.embed(tree.tokens)
         if self._fused:
-            hidden = self._fused(embeds, positions, cache, mask)
+            hidden = self._fused(embeds, positions, cache, partial(tree_attention, mask=mask))
         else:
             hidden = self._decode(embeds, positions, mask).to(target.device)
         return target.logits(hidden), hidden
@@ -363,6 +395,16 @@ class TargetSession:
         last = self.cache.running - 1
         self._offsets[row] = self._offsets[last]
         self.cache.free(row)
+
+    def _take(self, door: Mapping[str, Any], *, plain: bool) -> Tensor:
+        """Hidden states of a prompt's next rows, written where the cache was last aimed."""
+        cache = self.cache
+        if not (self._fused and plain and cache.columns <= self._fused.reach):
+            return self.target.decoder(**door).last_hidden_state
+        embeds, positions = door["inputs_embeds"], door.get("position_ids")
+        if positions is None:
+            positions = torch.arange(cache.before, cache.columns, device=embeds.device)[None]
+        return self._fused(embeds, _turned(positions), cache, causal_attention)
 
     def _decode(self, embeds: Tensor, positions: Tensor, mask: TreeMask) -> Tensor:
         """Hidden states by the model's own decoder."""
@@ -388,9 +430,9 @@ def _rows(weight: Tensor, which: Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(weight.detach()[which.to(weight.device)].to(device), requires_grad=False)
 
 
-def _last_position(positions: Tensor) -> Tensor:
-    """Largest position, from (B, n), M-RoPE's (3, B, n), or (4, B, n) whose first row is the plain text position."""
-    return (positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions).amax()
+def _turned(positions: Tensor) -> Tensor:
+    """What rows turn by, (B, n) or M-RoPE's (3, B, n), of these or of (4, B, n), whose first is the number in text."""
+    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
 
 
 # What a decoder takes that is about rows and can be cut between any two of them.

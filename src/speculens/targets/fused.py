@@ -1,16 +1,15 @@
-"""The target's text decoder with fewer, larger operations, over the model's own weights. For scoring only.
+"""The target's text decoder of fused layers, over the model's own weights: for scoring, and for plain prompts.
 
-A pass over a few nodes is bound by reading weights and by gaps between kernels; Hugging Face's decoder makes 30 kernels
-a layer of what can be ten. This one serves the common build: pre-norm attention with RoPE and a gated SiLU MLP, as in
-Llama, Qwen2 and Qwen3. Whether a decoder is built so is asked of its modules, and whether it then computes the same is
-tried out on a few rows; any other decoder stays with Hugging Face. Prefill always does.
+Whether a decoder is of the common build (`fused_layer.py`) is asked of its modules, and whether it then computes the
+same is tried out on a few rows; any other decoder stays with Hugging Face. So does a prompt whose rows bring more than
+embeddings and positions.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from speculens.attention import TreeMask, tree_attention
 from speculens.cache import SlotCache
-from speculens.ops import Gains, Joined, add_norm, is_watched, linear, rotate_into, swiglu
+from speculens.fused_layer import Attend, FusedLayer, Norm
+from speculens.ops import Joined, add_norm, is_watched
 
 log = logging.getLogger(__name__)
 
@@ -30,26 +30,8 @@ GATES = ("gate_proj", "up_proj")
 TRIAL_ROWS = 8
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer's weights. `window` is its sliding window, `gains` its norms on queries and keys."""
-
-    input_norm: Any
-    post_norm: Any
-    qkv: Joined
-    output: nn.Linear
-    gate_up: Joined
-    down: nn.Linear
-    scale: float
-    window: int | None
-    gains: Gains | None
-
-
 class FusedDecoder:
-    """Scores new rows as the decoder that it is made of would. Raises ValueError if that is not built as expected.
-
-    Weights stay where they are: those of one layer's projections are joined, and the decoder's own become views.
-    """
+    """Takes new rows as the decoder that it is made of would. Raises ValueError if that is not built as expected."""
 
     def __init__(self, decoder: Any) -> None:
         if fault := next(_faults(decoder), None):
@@ -62,24 +44,25 @@ class FusedDecoder:
     @property
     def intact(self) -> bool:
         """Whether the decoder's weights are still those that were joined: casting or moving a model ends that."""
-        return all(joined.intact for layer in self._layers for joined in (layer.qkv, layer.gate_up))
+        return all(layer.intact for layer in self._layers)
 
-    def __call__(self, embeds: Tensor, positions: Tensor, cache: SlotCache, mask: TreeMask) -> Tensor:
-        """Rows (B, N, H) at positions (B, N), written where the cache was last aimed -> hidden states (B, N, H).
+    @property
+    def reach(self) -> float:
+        """How many columns every layer sees, whatever its sliding window."""
+        return min(layer.window or float("inf") for layer in self._layers)
 
-        In a drafted row all axes of an M-RoPE position are the same number.
+    def __call__(self, embeds: Tensor, positions: Tensor, cache: SlotCache, attend: Attend) -> Tensor:
+        """Rows (B, N, H), written where the cache was last aimed -> hidden states after the final norm (B, N, H).
+
+        positions  (B, N), or M-RoPE's (3, B, N); in drafted rows all axes of an M-RoPE position are the same number
         """
-        axes = positions.expand(self._axes, -1, -1) if self._axes > 1 else positions
-        cos, sin = self._decoder.rotary_emb(embeds, axes)
+        if self._axes > 1 and positions.ndim == 2:
+            positions = positions.expand(self._axes, -1, -1)
+        turn = self._decoder.rotary_emb(embeds, positions)
         stream, update = embeds, None
         for number, layer in enumerate(self._layers):
-            stream, rows = _add_norm(stream, update, layer.input_norm)
-            states = rotate_into(cache, number, layer.qkv(rows), cos, sin, mask.lengths, layer.gains)
-            mixed = tree_attention(*states, mask, layer.scale, layer.window)
-            update = linear(mixed.transpose(1, 2).flatten(2), layer.output.weight, layer.output.bias)
-            stream, rows = _add_norm(stream, update, layer.post_norm)
-            update = linear(swiglu(layer.gate_up(rows)), layer.down.weight, layer.down.bias)
-        return _add_norm(stream, update, self._decoder.norm)[1]
+            stream, update = layer(stream, update, turn, cache, number, attend)
+        return add_norm(stream, update, *_norm(self._decoder.norm))[1]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -106,7 +89,8 @@ class FusedDecoder:
         cache.aim(range(1), TRIAL_ROWS)
         before = torch.ones(1, TRIAL_ROWS, TRIAL_ROWS, dtype=torch.bool, device=device).tril()
         positions = torch.arange(TRIAL_ROWS, device=device)[None]
-        ours = self(embeds, positions, cache, TreeMask(cache.lengths, before, positions))
+        mask = TreeMask(cache.lengths, before, positions)
+        ours = self(embeds, positions, cache, partial(tree_attention, mask=mask))
         error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
         bound = 0.1 if dtype.itemsize == 2 else 1e-3
         if not error < bound:
@@ -122,8 +106,8 @@ def fuse(decoder: nn.Module) -> FusedDecoder | None:
         return None
 
 
-def _add_norm(stream: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    return add_norm(stream, update, norm.weight, norm.variance_epsilon)
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight, norm.variance_epsilon)
 
 
 def _faults(decoder: Any) -> Iterator[str]:
@@ -148,16 +132,16 @@ def _faults(decoder: Any) -> Iterator[str]:
             yield "something listens to its layers"
 
 
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     gains = None
     if _children(attention) >= HEAD_NORMS:
         gains = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-    return _Layer(
-        input_norm=layer.input_layernorm,
-        post_norm=layer.post_attention_layernorm,
+    return FusedLayer(
+        input_norm=_norm(layer.input_layernorm),
         qkv=Joined(_named(attention, PROJECTIONS)),
         output=attention.o_proj,
+        post_norm=_norm(layer.post_attention_layernorm),
         gate_up=Joined(_named(mlp, GATES)),
         down=mlp.down_proj,
         scale=attention.scaling,

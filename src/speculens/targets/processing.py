@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from speculens.conversation import Conversation
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 # Families whose prompt is no dialogue: pictures first, then one text. Their processors have no chat template by nature.
 PLAIN_PROMPT = {"paligemma"}
@@ -43,7 +43,9 @@ def load_processor(
         with _quiet():
             processor = _load(name, config, revision)
     except (OSError, ValueError, TypeError, ImportError, AttributeError, LookupError) as error:
-        raise UserError(f"{name} has no usable processor for a {config.model_type} model: {_line(error)}") from error
+        raise UserError(
+            f"{name} has no usable processor for a {config.model_type} model: {first_line(error)}"
+        ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UserError(f"{name} has no processor for pictures and text, so it is no vision-language model.")
     processor.chat_template = chat_template or processor.chat_template or processor.tokenizer.chat_template
@@ -125,7 +127,7 @@ def _chat_prompt(processor: Any, config: PreTrainedConfig, conversation: Convers
     try:
         return str(processor.apply_chat_template(conversation.to_chat(), add_generation_prompt=open_end))
     except (TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"The target's chat template refuses this conversation: {_line(error)}") from error
+        raise UserError(f"The target's chat template refuses this conversation: {first_line(error)}") from error
 
 
 def _plain_prompt(processor: Any, conversation: Conversation, open_end: bool) -> tuple[str, dict[str, Any]]:
@@ -177,7 +179,7 @@ def _call(processor: Any, text: str, pictures: list[Any], extra: dict[str, Any])
                 )
             )
     except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"The target's processor refuses this conversation: {_line(error)}") from error
+        raise UserError(f"The target's processor refuses this conversation: {first_line(error)}") from error
 
 
 def _fit(inputs: dict[str, Any], config: PreTrainedConfig, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -204,8 +206,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message that may be a page."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -81,18 +81,12 @@ class Batch:
         inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, image=self.image.pin_memory(), slots=self.slots.pin_memory())
 
-    def to(self, device: torch.device) -> Batch:
-        """On the target's device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        image, slots = (tensor.to(device, non_blocking=True) for tensor in (self.image, self.slots))
-        return replace(self, inputs=inputs, image=image, slots=slots)
-
 
 class Encoder:
     """Turns conversations into rows and rows into batches. Knows the target's processor and config, not its weights."""
 
     def __init__(self, target: Target, max_length: int) -> None:
-        self._processor, self._config = target.processor, target.model.config
+        self._processor, self._config, self._positions = target.processor, target.model.config, target.positions
         self._ends = torch.tensor(sorted(target.eos_token_ids), dtype=torch.long)
         self._dialogue = target.processor.chat_template is not None
         self.dtype, self._max_length = target.dtype, max_length
@@ -126,7 +120,8 @@ class Encoder:
         rows = list(rows)
         usable = [row for row in rows if isinstance(row, Row)]
         refused = tuple(str(row) for row in rows if isinstance(row, UserError))
-        return replace(collate(usable or [self._blank()], self._pad, self.dtype), refused=refused)
+        batch = collate(usable or [self._blank()], self._pad, self.dtype)
+        return replace(batch, inputs=batch.inputs | self._positions(batch.inputs), refused=refused)
 
     def _blank(self) -> Row:
         inputs, image = self.encode(Conversation.user("?", [Image.new("RGB", (64, 64))]))

@@ -1,9 +1,8 @@
-"""Folders that are written whole or not at all, and the state from which a run goes on bit for bit."""
+"""The state from which a run goes on bit for bit, in folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from speculens.checkpoints import save_drafter
+from speculens.checkpoints import save_drafter, whole
 from speculens.drafters import TrainedDrafter
-from speculens.errors import UserError
+from speculens.errors import UserError, first_line
 
 PREFIX = "checkpoint-"
 AVERAGE = "ema.safetensors"
+GO_ON = "Earlier checkpoints are intact: make room and go on with --resume-from latest."
 
 
 @dataclass
@@ -47,32 +46,6 @@ class Progress:
     processes: int = 1
 
 
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `folder` once all of it is on disk. Failing leaves `folder` as it was."""
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} could not be written ({_line(error)}; {_free(folder.parent)} free there). Earlier checkpoints "
-            "are intact: make room and go on with --resume-from latest."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save(
     output: Path,
     drafter: TrainedDrafter,
@@ -88,7 +61,7 @@ def save(
     average  the running average of the weights, beside the weights themselves
     """
     folder = output / f"{PREFIX}{progress.step}"
-    with whole(folder) as partial:
+    with whole(folder, GO_ON) as partial:
         save_drafter(drafter, partial, card)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(_rng(), partial / "rng.pt")
@@ -125,7 +98,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # reading broken files raises nearly anything
-        raise UserError(f"{folder} is no checkpoint that this run can go on from: {_line(error)}.") from error
+        raise UserError(f"{folder} is no checkpoint that this run can go on from: {first_line(error)}.") from error
 
 
 def tidy(output: Path) -> None:
@@ -152,7 +125,7 @@ def find(output: Path, resume_from: str | Path) -> Path:
         return Path(resume_from)
     found = checkpoints(output)
     if not found:
-        raise UserError(f"{output} holds no checkpoint to resume from.")
+        raise UserError(f"{output} holds no checkpoint to resume from: leave --resume-from out to begin anew.")
     return found[-1]
 
 
@@ -164,21 +137,3 @@ def _set_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
 from speculens.drafters import METHODS
 from speculens.errors import UserError
 from speculens.tree import TreeShape
+from speculens.values import one_of, read
 
+RECIPE = "The recipe"  # what messages call it
 SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION = ("exact", "causal")
 SELECT = ("none", "chain", "public")
@@ -49,7 +48,7 @@ class DrafterRecipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("drafter.method", self.method, sorted(METHODS))
+        one_of("drafter.method", self.method, sorted(METHODS))
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ class Unroll:
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("unroll.attention", self.attention, ATTENTION)
-        _one_of("unroll.select", self.select, SELECT)
+        one_of("unroll.attention", self.attention, ATTENTION)
+        one_of("unroll.select", self.select, SELECT)
         for name in ("steps", "hit"):
             if getattr(self, name) <= 0:
                 raise UserError(f"unroll.{name} must be above 0, not {getattr(self, name)}.")
@@ -139,7 +138,7 @@ class Optimiser:
     schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        _one_of("optimiser.schedule", self.schedule, SCHEDULES)
+        one_of("optimiser.schedule", self.schedule, SCHEDULES)
         if self.lr <= 0:
             raise UserError(f"optimiser.lr must be above 0, not {self.lr}.")
 
@@ -200,7 +199,7 @@ class Recipe:
     eval_tokens: int = 128
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
+        one_of("dtype", self.dtype, DTYPES)
         given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "none"
@@ -235,16 +234,18 @@ def load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"The recipe {path} is no text in UTF-8.") from None
     except yaml.YAMLError as error:
         raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     for override in overrides:
         values = _override(values, override)
-    return _section(kind, values, "")
+    return read(kind, values, RECIPE)
 
 
 def read_recipe(values: Any) -> Recipe:
     """A recipe from plain values; raises UserError on unknown keys, wrong types and missing values."""
-    return _section(Recipe, values, "")
+    return read(Recipe, values, RECIPE)
 
 
 def _override(values: Any, override: str) -> dict[str, Any]:
@@ -263,71 +264,3 @@ def _laid(values: Any, path: list[str], value: Any) -> dict[str, Any]:
     first, *rest = path
     values[first] = _laid(values.get(first), rest, value) if rest else value
     return values
-
-
-def _section(cls: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where.rstrip('.') or 'The recipe'} must be a section of keys and values, not {values!r}.")
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise UserError(f"The recipe has an unknown key {where}{key}; did you mean {where}{near[0]}?")
-    missing = [
-        f"{where}{name}"
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"The recipe lacks {', '.join(missing)}.")
-    return cls(**{key: _value(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911 - one line a type
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = next(a for a in arguments if a is not types.NoneType)
-        return None if value is None else _value(inner, value, where)
-    if dataclasses.is_dataclass(hint):
-        return _section(hint, value, f"{where}.")  # type: ignore[arg-type]
-    if origin is tuple:
-        return _tuple(arguments, value, where)
-    if hint is float:
-        return _float(value, where)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return dict(value)
-    raise UserError(f"{where} must be {_name(hint)}, not {value!r}.")
-
-
-def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    many = arguments[-1] is Ellipsis
-    values = value if isinstance(value, (list, tuple)) else [value]  # one file may stand without brackets
-    if not many and len(values) != len(arguments):
-        raise UserError(f"{where} must be {len(arguments)} values, not {value!r}.")
-    kinds = [arguments[0]] * len(values) if many else arguments
-    return tuple(_value(kind, one, where) for kind, one in zip(kinds, values, strict=True))
-
-
-def _float(value: Any, where: str) -> float:
-    """A number; YAML 1.1 reads `1e-3` as text, people do not."""
-    if not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    raise UserError(f"{where} must be a number, not {value!r}.")
-
-
-def _one_of(where: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"{where} {value!r} is unknown; did you mean {near}? Known: {', '.join(known)}.")
-
-
-def _name(hint: Any) -> str:
-    return {int: "a whole number", bool: "true or false", str: "a text"}.get(hint, "a section of keys and values")

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load, save
 
+from speculens.checkpoints import whole
 from speculens.data.sources import JsonLines
 from speculens.errors import UserError
 from speculens.training.batches import Encoder, Row, attempt
-from speculens.training.checkpoint import whole
 
 CHUNK = 32  # rows that a worker encodes at a time
 INPUTS = "inputs."

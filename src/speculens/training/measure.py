@@ -44,7 +44,12 @@ class Exam:
     def _decode(
         self, drafter: Drafter | None, shape: TreeShape | Literal["auto"] | None = None
     ) -> tuple[list[list[int]], Stats]:
-        engine = Engine(self._target, drafter, slots=len(self._prompts), capacity=self._capacity, shape=shape)
+        # Some dozens of steps at ever fewer slots: recording them would take longer than running them.
+        capture: Literal["auto", "off"] = (
+            "auto" if shape == "auto" else "off"
+        )  # a tree sized by its cost is another one
+        slots, capacity = len(self._prompts), self._capacity
+        engine = Engine(self._target, drafter, slots=slots, capacity=capacity, shape=shape, capture=capture)
         done = engine.generate_all(self._prompts, self._sampling)
         return [generation.tokens for generation in done], Stats.total(generation.stats for generation in done)
 

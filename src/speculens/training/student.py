@@ -14,6 +14,7 @@ from speculens.checkpoints import load_drafter
 from speculens.drafters import METHODS, DrafterConfig, TrainedDrafter
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.ops import send
 from speculens.targets.base import Target
 from speculens.training.batches import Batch
 from speculens.training.config import DrafterRecipe, Unroll
@@ -78,7 +79,7 @@ def _noisy(hidden: Tensor, source: Tensor, scale: float, draw: int) -> Tensor:
     """Features plus (U - 0.5) scale 512 / rows of the sequence, U uniform on [0, 1); one `draw`, one noise."""
     generator = torch.Generator(hidden.device).manual_seed(draw)
     uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device)
-    width = scale * 512 / (source >= 0).sum(1).clamp(min=1)
+    width = send(scale * 512 / (source >= 0).sum(1).clamp(min=1), hidden.device)
     return hidden + ((uniform - 0.5) * width[:, None, None]).to(hidden.dtype)
 
 
@@ -110,9 +111,9 @@ class Student(nn.Module):
 def distil(student: Callable[..., Any], target: Target, batch: Batch, draw: int = 0) -> Lesson:
     """One pass of target and student: predicted and true features of the positions that train."""
     features = target.teach(batch.inputs, batch.image)
-    row, slot = batch.slots
+    sequence, slot = batch.slots
     answer = torch.zeros_like(features.image)
-    answer[row, slot + 1] = True
+    answer[sequence, slot + 1] = True
     known = Features(
         tokens=features.tokens[:, :-1],
         hidden=features.hidden[:, :-1],
@@ -123,14 +124,15 @@ def distil(student: Callable[..., Any], target: Target, batch: Batch, draw: int 
         answer=answer[:, :-1],
     )
     steps, source = student(known, features.embeds[:, 1:], draw)
-    place = _place(source, known.tokens.shape[1])[row, slot]
+    where = torch.stack([sequence, _place(source, known.tokens.shape[1])[sequence, slot], slot + 1])
+    row, place, following = send(where, features.hidden.device)
     steps = tuple(predicted[row, place] for predicted in steps)
-    return Lesson(steps, features.hidden[row, slot + 1], torch.stack([row, place]), tuple(source.shape))
+    return Lesson(steps, features.hidden[row, following], torch.stack([row, place]), tuple(source.shape))
 
 
 def _place(source: Tensor, slots: int) -> Tensor:
     """(B, slots) long: the row that stands for each slot, the inverse of `source` (B, m)."""
     batch, rows = source.shape
-    place = torch.zeros(batch, slots + 1, dtype=torch.long, device=source.device)  # the last column swallows padding
+    place = torch.zeros(batch, slots + 1, dtype=torch.long)  # the last column swallows padding
     index = torch.where(source < 0, slots, source)
-    return place.scatter_(1, index, torch.arange(rows, device=source.device).expand(batch, -1))[:, :slots]
+    return place.scatter_(1, index, torch.arange(rows).expand(batch, -1))[:, :slots]

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from speculens.checkpoints import save_drafter
+from speculens.checkpoints import save_drafter, whole
 from speculens.conversation import Conversation
 from speculens.data.sources import JsonLines, Listed, Source
 from speculens.data.vocabulary import commonest
@@ -262,7 +262,7 @@ class Trainer:
 
     def _losses(self, batch: Batch, draw: int) -> Losses:
         recipe = self.recipe
-        lesson = distil(self.forward, self.target, batch.to(self.target.device), draw)
+        lesson = distil(self.forward, self.target, batch, draw)
         return lesson_losses(lesson, self.target.logits, recipe.objective, recipe.unroll, recipe.chunk)
 
     def _set_rate(self) -> float:
@@ -337,7 +337,7 @@ class Trainer:
     def _save_drafter(self, name: str) -> Path:
         if self.accelerator.is_main_process:
             decodes = copy.deepcopy(self._taught()).to(self.student_dtype)  # what rounding loses, decoding never sees
-            with checkpoint.whole(self.output / name) as partial:
+            with whole(self.output / name, checkpoint.GO_ON) as partial:
                 save_drafter(decodes, partial, self._card())
         return self.output / name
 

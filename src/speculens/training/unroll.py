@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from speculens.attention import causal_attention
 from speculens.drafters import TrainedDrafter
-from speculens.drafters.layer import causal_attention, masked_attention
+from speculens.drafters.layer import masked_attention
 from speculens.drafters.rows import Rows
 from speculens.training.config import Objective, Unroll
 from speculens.training.losses import Head, Losses, objective
