@@ -5,8 +5,9 @@
 
 DATA/FAMILY is a data set of `testbed.make_data`, with the answers of `testbed.own_answers`. Each run is `speculens
 train -c recipes/testbed/RECIPE.yaml`; whatever else stands on the command line goes over every recipe. SCRATCH keeps
-checkpoints, from which a later call goes on. OUT/FAMILY-NAME.log is what a run said, and OUT/drafters.tar holds every
-drafter with the log of its training; it is written anew after each run, because whoever waits for all may be cut off.
+checkpoints, from which a later call goes on. OUT/FAMILY-NAME.log is what a run said, and OUT/drafters-*.tar hold every
+checkpoint's drafter with the log of its training (`testbed.deliver`); they are written anew after each run and every
+minute, because whoever waits for all may be cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,11 @@ from pathlib import Path
 import yaml
 
 from testbed import models
+from testbed.deliver import deliver
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = ROOT / "recipes/testbed/runs.yaml"
+DELIVERY = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Launcher:
         self.waiting = [run for run in planned if not (options.scratch / run.folder / "last").is_dir()]
         self.running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
         self.code = 0
+        self._delivered = time.monotonic()
 
     def work(self, deadline: float) -> int:
         """0 if every run came to its end."""
@@ -110,6 +113,8 @@ class Launcher:
                     self.running[self._start(run, gpu)] = run, gpu
             time.sleep(0.3)
             late = time.monotonic() > deadline
+            if time.monotonic() > self._delivered + DELIVERY:
+                self._deliver()
             for process in [process for process in self.running if late or process.poll() is not None]:
                 self._end(process)
             if late or (self.waiting and not self.running and not any(map(self._ready, self.waiting))):
@@ -144,12 +149,8 @@ class Launcher:
         self._deliver()
 
     def _deliver(self) -> None:
-        with tarfile.open(self.options.out / "drafters.tar", "w") as tar:
-            for folder in sorted(self.options.scratch.iterdir()):
-                made = next((folder / part for part in ("last", "best") if (folder / part).is_dir()), None)
-                if made:
-                    tar.add(made, folder.name)
-                    tar.add(folder / "log.jsonl", f"{folder.name}/log.jsonl")
+        deliver(self.options.scratch, self.options.out)
+        self._delivered = time.monotonic()
 
 
 def main() -> None:
@@ -170,11 +171,10 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     for folder in (options.out, options.scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    planned = [
-        run
-        for run in runs(options.part, options.families, options.unit)
-        if not options.only or run.name in options.only
-    ]
+    planned = runs(options.part, options.families, options.unit)
+    if unknown := set(options.only or ()) - {run.name for run in planned}:
+        parser.error(f"no run is called {', '.join(sorted(unknown))}; overrides stand before --only")
+    planned = [run for run in planned if not options.only or run.name in options.only]
     sys.exit(Launcher(planned, options, overrides).work(begun + options.minutes * 60))
 
 

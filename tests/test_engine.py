@@ -231,7 +231,7 @@ def break_begin(engine, monkeypatch):
 
 
 def break_drafter(engine, monkeypatch):
-    monkeypatch.setattr(engine.drafter, "forward", failing_once(engine.drafter.forward))
+    monkeypatch.setattr(engine.drafter, "enter", failing_once(engine.drafter.enter))
 
 
 def break_calibration(engine, monkeypatch):

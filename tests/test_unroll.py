@@ -159,7 +159,9 @@ def test_the_unroll_is_what_a_session_drafts(method, family):
             fed = session._hidden[:, None]
             for level in range(STEPS - 1):
                 drafted = features.tokens[:, prompt + 1 + level][:, None]
-                fed = session._expand(drafted, fed, level, torch.ones(1, 1, level + 1, dtype=torch.bool))
+                positions = (session._position[:1, None] + level).expand_as(drafted)
+                entered, above = session._rows(drafted, fed, positions), torch.ones(1, 1, level + 1, dtype=torch.bool)
+                fed = session._extend(entered, session._turns[:, positions], above, start=level, step=level + 1)
                 torch.testing.assert_close(fed[0, 0], outputs[level + 1][0, row + 1 + level])
 
 

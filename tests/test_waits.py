@@ -9,7 +9,7 @@ import torch
 
 import pretend
 import tiny
-from speculens.drafters import METHODS
+from speculens.drafters import METHODS, layer
 from speculens.targets import Target
 from speculens.targets.attention import install_attention
 from speculens.targets.segments import join_segments
@@ -22,6 +22,14 @@ from speculens.training.unroll import lesson_losses
 PLANS = {"eaglevlm": Unroll(), "vispec": Unroll(steps=2, attention="causal")}
 PRACTICE = Unroll(steps=3, select="chain", hit=5)
 TERMS = Objective(smooth_l1=1.0, soft_ce=0.1, topk_ce=1.0, list_mle=0.1, prob_l1=1.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Numbers kept for each device: those of the pretended one are not those of the device that it stands on."""
+    layer._frequencies.cache_clear()
+    yield
+    layer._frequencies.cache_clear()
 
 
 def a_pass(family: str, method: str, options: dict) -> pretend.Waits:

@@ -145,7 +145,8 @@ def test_added_channels_and_heads_stay_silent(family: str) -> None:
     handles = [
         layer.register_forward_hook(lambda _module, _args, out: seen.append(out)) for layer in wide.decoder.layers
     ]
-    wide.session(1, 600).prefill(wide.encode(PROMPTS[0]))
+    prompt = wide.encode(PROMPTS[0])
+    wide.teach(prompt.inputs, prompt.image[None])
     for handle in handles:
         handle.remove()
     residual = Residual(small.hidden_size, wide.hidden_size, 1e-5)

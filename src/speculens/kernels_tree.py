@@ -23,13 +23,22 @@ LAST = tl.constexpr(2**31 - 1)
 
 
 def try_out(device: torch.device) -> None:
-    """Compile and run each kernel: a root with two children, of which one is kept and the other wanted."""
-    scores, tokens = likeliest(torch.zeros(1, 1, 2, device=device), 2, None)
+    """Compile and run each kernel, and see that a root's two children are found and one followed; else RuntimeError.
+
+    What is accepted depends on these kernels, so one that is built wrong must not go unnoticed.
+    """
+    logits = torch.zeros(1, 1, 5000, device=device)
+    logits[..., 4001], logits[..., 7] = 3, 2
+    scores, tokens = likeliest(logits, 2, None)
     zeros, reach = tokens.new_zeros(1, 3), scores.new_zeros(1, 3)
     created = zeros.clone(), reach, zeros.clone(), zeros.clone()
     none = torch.zeros(1, 1, 0, dtype=torch.bool, device=device)
     extend(created, scores[..., 0], zeros[:, :1], none, scores, scores, tokens, 1, 1)
-    follow(*best(*created, 2, 1), zeros[:, :2], 2)
+    tree = best(*created, 3, 1)
+    path, counts = follow(*tree, tokens.flip(2).expand(1, 3, 2)[..., 1].contiguous(), 2)
+    found = [tree[0].tolist(), tree[1].tolist(), path.tolist(), counts.tolist()]
+    if found != [[[0, 4001, 7]], [[0, 0, 0]], [[0, 1]], [2]]:
+        raise RuntimeError(f"a tree of three nodes came out as {found}")
 
 
 def likeliest(logits: Tensor, count: int, ids: Tensor | None, *, block: int = 2048) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,8 @@ def extend(
     parents = beam.nodes.repeat_interleave(count, 1)
     new = slice(first, first + reach.shape[1])
     created.tokens[:, new], created.scores[:, new] = children, reach
-    created.parents[:, new], created.depth[:, new] = parents, depth
+    created.parents[:, new] = parents
+    created.depth[:, new].fill_(depth)  # assigning a number would send it from the host
     # Stable, so that creation order decides among equals, here as at the end.
     scores, order = (part[:, :count] for part in reach.sort(dim=1, descending=True, stable=True))
     parent = (order // count)[..., None]
