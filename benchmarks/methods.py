@@ -6,7 +6,8 @@ r"""The methods side by side on one target, greedy and sampled; or the acceptanc
 Drafters are those beside the target (TARGET-METHOD) unless named. The measurement is that of `speculens bench`: all of
 them beside `none` in one process, on held-out prompts taken from the files in turn. It ends in time and tells what it
 has; `speculens report` makes a page of each folder in --out. With --ablations no time is measured: all prompts are
-decoded side by side, greedily, by every drafter of that folder whose name begins with the target's (TARGET-NAME).
+decoded side by side, greedily, by every drafter of that folder whose name begins with the target's (TARGET-NAME, or
+TARGET-NAME/STEP, of which the last).
 Prints rows for docs/benchmarks.md; the last line is JSON.
 """
 
@@ -204,9 +205,16 @@ def _in_plan(target: str, folder: Path, plan: Mapping[str, Any]) -> Iterator[tup
     """The drafters for a target by their names, in the order of the plan, others last."""
     order = {name: place for place, name in enumerate(plan)}
     begin = f"{target}-"
-    names = [one.name.removeprefix(begin) for one in folder.glob(f"{begin}*") if (one / "config.json").is_file()]
-    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
-        yield name, folder / f"{begin}{name}"
+    found = {one.name.removeprefix(begin): _newest(one) for one in folder.glob(f"{begin}*")}
+    for name in sorted(found, key=lambda name: (order.get(name, len(order)), name)):
+        if drafter := found[name]:
+            yield name, drafter
+
+
+def _newest(folder: Path) -> Path | None:
+    """A drafter's own folder, or that of the last step where `testbed.deliver` gave each step one."""
+    steps = sorted((one for one in folder.glob("*") if one.name.isdigit()), key=lambda one: int(one.name))
+    return next((one for one in (folder, *reversed(steps)) if (one / "config.json").is_file()), None)
 
 
 def table(made: Mapping[str, Any]) -> str:

@@ -153,6 +153,13 @@ def test_folded_attention_equals_attention_with_repeated_keys(folded):
     torch.testing.assert_close(mixed, plain)
 
 
+def test_a_mask_for_other_rows_is_refused():
+    """Two heads a group and a mask for half of the rows: repeated, it would have fitted."""
+    query, key = torch.randn(1, 4, 4, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="a mask of 2 rows is none for 4 rows"):
+        folded_attention(query, key, key, torch.ones(1, 1, 2, 6, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_picture_and_penalty_do_change_the_text(family):
     """Otherwise the tests above would show nothing about them."""

@@ -91,6 +91,8 @@ def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     """
     batch, heads, rows, dim = queries.shape
     groups = heads // keys.shape[1]
+    if mask.shape[2] not in (rows, groups * rows):  # repeated, it might fit and let rows see what others may
+        raise ValueError(f"a mask of {mask.shape[2]} rows is none for {rows} rows in groups of {groups}")
     folded = queries.reshape(batch, keys.shape[1], groups * rows, dim)
     mask = mask if mask.shape[2] == groups * rows else mask.repeat(1, 1, groups, 1)
     mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
