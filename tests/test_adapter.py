@@ -12,6 +12,7 @@ from speculens.adapter import custom_generate
 from speculens.drafters import LookupDrafter
 from speculens.errors import UserError
 from speculens.sampling import Sampling
+from speculens.targets import Target
 
 LONG = Sampling(max_new_tokens=20)
 FIRST = Ask()
@@ -107,6 +108,15 @@ def test_text_streamer_that_skips_the_prompt_shows_the_answer(capsys):
     words = tiny.tokenizer("llava")
     generate("llava", custom_generate=custom_generate(), stream_to=TextStreamer(words, skip_prompt=True))
     assert capsys.readouterr().out.strip("\n") == words.decode(reference("llava", FIRST, LONG)).strip("\n")
+
+
+def test_a_function_that_is_kept_prepares_a_model_once_and_follows_another(monkeypatch):
+    made = []
+    monkeypatch.setattr("speculens.adapter.Target", lambda model: made.append(model) or Target(model))
+    function = custom_generate()
+    for family in ("llava", "llava", "qwen2_5_vl"):
+        compare(generate(family, custom_generate=function), reference(family, Ask(), LONG), family)
+    assert made == [tiny.model("llava"), tiny.model("qwen2_5_vl")]
 
 
 def test_batches_are_refused_with_their_size():

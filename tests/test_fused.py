@@ -122,6 +122,43 @@ def test_a_decoder_that_somebody_hooked_is_left_alone():
     assert fuse(decoder) is None
 
 
+class Doubled(torch.nn.Module):
+    """What an adapter does: it stands in a layer's place and adds to what that gives."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+def adapt(layer):
+    layer.self_attn.v_proj = Doubled(layer.self_attn.v_proj)
+
+
+def hook(layer):
+    layer.mlp.register_forward_hook(lambda _module, _args, out: 2 * out)
+
+
+def swap_gain(layer):
+    layer.post_attention_layernorm.weight = torch.nn.Parameter(2 * layer.post_attention_layernorm.weight.detach())
+
+
+@pytest.mark.parametrize("change", [adapt, hook, swap_gain])
+def test_what_changes_in_a_model_later_changes_what_it_says(change):
+    """A target that is at work already must not go on with the weights that it fused."""
+    model = fresh("llava")
+    held = Target(model, tiny.processor("llava"))
+    question = held.encode(tiny.conversation("llava"))
+    before = held.session(1, 400).prefill(question)[0]
+    change(held.decoder.layers[0])
+    after = held.session(1, 400).prefill(question)[0]
+    want = model(**question.inputs).logits[:, -1:]
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, want, rtol=0, atol=1e-10)
+
+
 def test_the_mask_is_made_once_for_all_layers():
     tree = forked(2)
     mask = TreeMask(torch.tensor([3, 5]), tree.ancestors, tree.depth)

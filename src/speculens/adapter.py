@@ -28,9 +28,15 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
     """A function for `generate(custom_generate=...)` that returns prompt and output ids, (1, n).
 
     Sampling with the same `seed` (a keyword of its own, default 0) gives the same tokens with any drafter and with
-    none; it does not use torch's global generator. Raises UserError for batches, beams, stateful processors and
-    `return_dict_in_generate`.
+    none; it does not use torch's global generator. Keep the function: a model is prepared at its first call. Raises
+    UserError for batches, beams, stateful processors and `return_dict_in_generate`.
     """
+    last: list[Target] = []
+
+    def target_of(model: PreTrainedModel) -> Target:
+        if not last or last[0].model is not model:
+            last[:] = [Target(model)]
+        return last[0]
 
     def tree_decode(
         model: PreTrainedModel,
@@ -51,7 +57,7 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
             ignore_eos=True,  # the criteria below know every end, EOS ids included
             processors=tuple(logits_processor or ()),
         )
-        engine = Engine(Target(model), drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
+        engine = Engine(target_of(model), drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
         ids = input_ids
         if stream_to is not None:
             stream_to.put(ids.cpu())  # as generate does: a streamer may skip the prompt

@@ -174,7 +174,7 @@ class Target:
         return TargetSession(self, slots, capacity)
 
     def fused(self) -> FusedDecoder | None:
-        """The decoder's faster form, if its build allows one; made anew if the model was cast or moved."""
+        """The decoder's faster form, if its build allows one; made anew if the model was changed."""
         if self._fusible and not (self._fused and self._fused.intact):
             self._fused = fuse(self.decoder)
             self._fusible = self._fused is not None

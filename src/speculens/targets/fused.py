@@ -8,6 +8,7 @@ embeddings and positions.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -38,13 +39,17 @@ class FusedDecoder:
             raise ValueError(fault)
         self._decoder = decoder
         self._layers = [_layer(layer) for layer in decoder.layers]
+        self._parts = _parts(decoder)
         self._axes = 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
         self._check()
 
     @property
     def intact(self) -> bool:
-        """Whether the decoder's weights are still those that were joined: casting or moving a model ends that."""
-        return all(layer.intact for layer in self._layers)
+        """Whether the decoder is still what was fused: a cast, a move, an adapter or a hook in its layers ends that."""
+        now = _parts(self._decoder)
+        same = len(now) == len(self._parts) and all(map(operator.is_, now, self._parts))
+        watched = any(map(is_watched, self._decoder.layers.modules()))
+        return same and not watched and all(layer.intact for layer in self._layers)
 
     @property
     def reach(self) -> float:
@@ -104,6 +109,11 @@ def fuse(decoder: nn.Module) -> FusedDecoder | None:
     except Exception as error:  # noqa: BLE001 - a device or compiler may fail in any way; the decoder itself remains
         log.info("%s is used as it is: %s", type(decoder).__name__, error)
         return None
+
+
+def _parts(decoder: Any) -> list[Any]:
+    """All modules and parameters of the layers."""
+    return [*decoder.layers.modules(), *decoder.layers.parameters()]
 
 
 def _norm(norm: Any) -> Norm:
