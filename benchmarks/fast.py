@@ -342,7 +342,7 @@ def _in_turn(
 def _compared(name: str, answers: Mapping[str, Sequence[Answer]], base: str = NONE) -> dict[str, Any]:
     entry = Entry(name, answers[name], answers[base])
     ratios = [own.seconds / mine.seconds for mine, own in zip(entry.answers, entry.own, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     decoding = sum(answer.decode_seconds for answer in entry.answers)
     length = entry.stats.mean_acceptance_length
     return entry.to_dict() | {
