@@ -35,7 +35,7 @@ WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
 
 
 class Engine:
-    """Runs one target with one drafter.
+    """Runs one target with one drafter, as they are when it is made: who changes a model makes a new engine.
 
     slots     sequences that run side by side
     capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
