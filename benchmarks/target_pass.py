@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from benchmarks.shapes import SEVEN_B, Shape
 from speculens import ops
 from speculens import tree as tree_file
-from speculens.attention import TreeMask, folded_attention, tree_attention
+from speculens.attention import TreeMask, causal_attention, folded_attention, tree_attention
 from speculens.cache import SlotCache, cache_arguments
 from speculens.drafters import grow as grow_file
 from speculens.drafters.grow import Beam, Created, best, extend, grow, likeliest
@@ -193,6 +193,11 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
             want = tree_attention(queries.double(), keys.double(), values.double(), mask, None, window)
             name = f"attention {heads}/{kv_heads} x{dim} N={nodes} B={batch} window={window} {str(dtype)[6:]}"
             compare(name, tree_attention(queries, keys, values, mask, None, window), want)
+    for rows, columns in ((300, 300), (70, 300)):  # a prompt, and its last piece
+        queries = randn(1, rows, 28, 128).transpose(1, 2)
+        keys, values = (randn(1, columns + 30, 4, 128)[:, :columns].transpose(1, 2) for _ in "kv")
+        want = causal_attention(queries.double(), keys.double(), values.double())
+        compare(f"causal attention {rows} of {columns}", causal_attention(queries, keys, values), want)
     for size in (3584, 4096, 200):
         stream, update, gain = randn(3, 5, size), randn(3, 5, size), randn(size)
         want = ops.add_norm(stream.double(), update.double(), gain.double(), 1e-6)[1]

@@ -95,6 +95,19 @@ def check_warm_up(method: str) -> None:
     assert engine._recorder.captures == captures > 0
 
 
+def check_pieces(family: str) -> None:
+    """Prompts that are filled in piece by piece while other slots replay their steps."""
+    made = dict(slots=2, capacity=CAPACITY, shape=WIDE)
+    whole = Engine(target(family), guesser("eaglevlm", family), capture="off", **made)
+    pieces = Engine(target(family), guesser("eaglevlm", family), prefill_chunk=37, **made)
+    slots = [
+        pieces.submit(p, replace(Sampling(), max_new_tokens=n)) for p, n in zip(requests(family), LENGTHS, strict=True)
+    ]
+    while any(slot.finish_reason is None for slot in slots):
+        pieces.step()
+    assert [slot.tokens for slot in slots] == texts(whole, requests(family), GREEDY)
+
+
 def check_testbed(name: str) -> None:
     """Real acceptance: paths of several tokens."""
     weights = ROOT / "testbed" / "weights"
@@ -119,6 +132,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 for name, samplings in (("greedy", GREEDY), ("sampled", SAMPLED)):
                     case = functools.partial(check, method, family, slots, samplings)
                     yield f"{method} on {family}, {slots} slots, {name}", case
+    for family in FAMILIES[:2]:
+        yield f"pieces on {family}", functools.partial(check_pieces, family)
     for method in ("none", "hivis"):
         yield f"warm-up of {method}", functools.partial(check_warm_up, method)
     for name in ("llava", "qwen2_5_vl"):
