@@ -203,10 +203,8 @@ class Target:
     def at_the_door(self, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """Run the model's own forward up to its text decoder and return what would have gone in."""
         inputs = inputs | self.positions(inputs)
-        sizes = (
-            "image_sizes",
-            *(("image_grid_thw", "video_grid_thw") if self._foresees else ()),
-        )  # the host reads them
+        # The host reads these.
+        sizes = ("image_sizes", *(("image_grid_thw", "video_grid_thw") if self._foresees else ()))
         kept = {name: inputs[name] for name in sizes if name in inputs}
         caught: dict[str, Any] = {}
 

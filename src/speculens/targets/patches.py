@@ -1,8 +1,7 @@
 """A vision tower's patch embedding as the matrix product that it is.
 
 Towers of the Qwen-VL kind are given pictures cut into patches, each of which a 3-D convolution with a kernel of one
-patch turns into one row. cuDNN has no fast kernel for that in half precision (huggingface/transformers#45750): a batch
-of 128 pictures of 1,024 patches took most of a second, and a product of the same numbers is lost in the noise.
+patch turns into one row. cuDNN has no fast kernel for that in half precision (huggingface/transformers#45750).
 """
 
 from __future__ import annotations
