@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import tiny  # noqa: E402 - found by the line above when this file is run by itself
+from speculens.attention import plain_attention  # noqa: E402
 from speculens.checkpoints import load_drafter  # noqa: E402
 from speculens.conversation import Conversation  # noqa: E402
 from speculens.drafters import METHODS, NoDrafter  # noqa: E402
@@ -125,6 +126,18 @@ def check_testbed(name: str) -> None:
         assert captured._recorder.on and captured._recorder.replays > 0
 
 
+def check_plain_attention() -> None:
+    """It would be planned anew by cuDNN, which torch prefers on some devices."""
+    queries, keys = (torch.randn(3, 4, rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (32, 96))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        plain_attention(queries, keys, keys)
+        plain_attention(keys, keys, keys, is_causal=True)
+        plain_attention(queries, keys, keys, attn_mask=torch.ones(3, 1, 32, 96, device="cuda").bool())
+    called = [event.key for event in seen.key_averages()]
+    assert "aten::scaled_dot_product_attention" in called
+    assert not [name for name in called if "cudnn" in name]
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for method in ("none", *METHODS):
         for family in FAMILIES if method in ("none", "eaglevlm") else FAMILIES[:2]:
@@ -134,6 +147,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                     yield f"{method} on {family}, {slots} slots, {name}", case
     for family in FAMILIES[:2]:
         yield f"pieces on {family}", functools.partial(check_pieces, family)
+    yield "attention for any shape", check_plain_attention
     for method in ("none", "hivis"):
         yield f"warm-up of {method}", functools.partial(check_warm_up, method)
     for name in ("llava", "qwen2_5_vl"):

@@ -138,7 +138,7 @@ def test_linear_on_one_row(outputs, inputs, bias):
         (10, 37, 100, kernels.Tile(16, 32, 4, 2), 2),  # nothing is a multiple of its block
         (17, 70, 96, kernels.Tile(16, 32, 4, 1), 3),  # four whole tiles, and the fifth in parts
         (33, 16, 500, kernels.Tile(16, 32, 4, 4), 8),
-        (60, 128, 64, kernels.TILE, 1),
+        (60, 128, 64, kernels.NARROW, 1),
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])

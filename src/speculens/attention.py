@@ -11,14 +11,20 @@ the head group is folded into the query axis: keys and values are never repeated
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from speculens.ops import kernels_for
 from speculens.tree import tree_mask
+
+# cuDNN, which torch prefers on some devices, is left out: it plans anew for each shape, a tenth of a second and more,
+# and prompts and pictures come in all sizes.
+_FOR_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def causal_attention(
     if window is not None and columns > window:
         raise ValueError(f"a sliding window of {window} positions hides some of {columns} columns")
     if rows == columns:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return plain_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
     mask = causal_lower_right(rows, columns)
     return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
 
@@ -95,5 +101,13 @@ def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
         raise ValueError(f"a mask of {mask.shape[2]} rows is none for {rows} rows in groups of {groups}")
     folded = queries.reshape(batch, keys.shape[1], groups * rows, dim)
     mask = mask if mask.shape[2] == groups * rows else mask.repeat(1, 1, groups, 1)
-    mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    mixed = plain_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return mixed.view(batch, heads, rows, dim)
+
+
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """The attention of torch, with its options, by kernels that take a shape as it comes."""
+    if not queries.is_cuda:
+        return F.scaled_dot_product_attention(queries, keys, values, **options)
+    with sdpa_kernel(_FOR_ANY_SHAPE):
+        return F.scaled_dot_product_attention(queries, keys, values, **options)

@@ -196,12 +196,13 @@ class Tile(NamedTuple):
     programs: int  # that share a processor; each has as many columns in flight as fit its part of the shared memory
 
 
-TILE = Tile(128, 64, 8, 2)
+# Of those measured on an H200 (docs/benchmarks.md), for weights of no more tiles than processors, and for others.
+NARROW, WIDE = Tile(64, 256, 4, 1), Tile(64, 128, 4, 2)
 STREAMS = 64  # that can count arrivals at the same time
 _streams = count()
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile = TILE) -> Tensor:
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
     """`F.linear` of 2 to 64 rows (..., K): streams the weight (N, K) once, all rows against each piece of it.
 
     Weight and rows change places, so that the weight fills the long side of the tensor cores. Programs that would run
@@ -212,7 +213,9 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: 
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     block_m = padded_rows(rows)
-    whole, splits, share = shares(outputs, inputs, tile, _processors(x.device))
+    processors = _processors(x.device)
+    tile = tile or (NARROW if outputs <= NARROW.outputs * processors else WIDE)
+    whole, splits, share = shares(outputs, inputs, tile, processors)
     parts = (triton.cdiv(outputs, tile.outputs) - whole) * splits
     out = x.new_empty(*x.shape[:-1], outputs)
     partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32)

@@ -84,11 +84,11 @@ def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-STREAMED_ROWS = 1
+STREAMED_ROWS = 32
 """Up to how many rows (at most 64) `linear` takes our kernels.
 
-On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row. For more, `benchmarks/target_pass.py --products`
-decides: this is 1 until it has.
+On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row, 0.97 to 1.19 times for 10 to 32, and less than
+ours for 60 (`benchmarks/target_pass.py`, and the same with `--products`).
 """
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculens.attention import plain_attention
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
@@ -70,7 +71,7 @@ class Adaptor(nn.Module):
         heads = self.q.shape[1:]
         keys, values = (project(pictures).unflatten(2, heads).transpose(1, 2) for project in (self.k_proj, self.v_proj))
         queries = self.q.transpose(0, 1).expand(len(pictures), -1, -1, -1)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=real[:, None, None])
+        mixed = plain_attention(queries, keys, values, attn_mask=real[:, None, None])
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

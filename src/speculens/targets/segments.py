@@ -17,11 +17,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel, vision_utils
 
+from speculens.attention import plain_attention
 from speculens.ops import send
 
 # transformers hands out the bounds of segments only to attention whose name holds "flash".
@@ -71,7 +71,7 @@ def segmented_attention(
     for count, length in plan.groups:
         rows = slice(start, start + count * length)
         q, k, v = (x[:, rows].unflatten(1, (count, length)).transpose(0, 1) for x in states)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # (segments, heads, length, D)
+        mixed = plain_attention(q, k, v, scale=scaling)  # (segments, heads, length, D)
         parts.append(mixed.transpose(1, 2).flatten(0, 1))
         start = rows.stop
     joined = torch.cat(parts) if len(parts) > 1 else parts[0]
