@@ -152,7 +152,7 @@ def prompts_of(target: Target, cases: Sequence[Case], asking: Asking) -> list[Pr
     prompts = []
     for case in cases:
         with suppress(UserError):
-            before, (question, *_) = asking.questions(case.name, case.conversation())
+            before, (question, *_) = asking.questions(case.name, case.conversation(), case.given)
             prompts.append(target.encode(before.then(question.role, *question.content)))
     return prompts
 

@@ -361,16 +361,16 @@ LAYOUTS = {
                     "hint": "Look.",
                     "image": "image.png",
                     "subject": "art",
+                    "split": "test",
                 },
                 "2": {"question": "What?", "choices": ["x"], "hint": "", "image": None, "subject": "art"},
-                "3": {"question": "Not asked?", "choices": ["x"], "hint": "", "image": "image.png", "subject": "art"},
             },
-            "pid_splits.json": {"train": ["3"], "test": ["2", "1"]},
+            "pid_splits.json": {"train": [], "test": ["2", "1"]},
         },
         ["images/test/1/image.png"],
         (
             "Context: Look.\nQuestion: Which?\nOptions: (A) red (B) blue\n"
-            'Please answer with an explanation; the answer should begin with "The answer is".'
+            'Please answer with an explanation; the answer should begin with "The answer is". Answer:'
         ),
     ),
     "mm-vet": (
@@ -463,12 +463,67 @@ def test_samples_are_drawn_as_the_papers_code_draws(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(rows))
     order = np.random.default_rng(42).permutation(150)[:100]  # what the hub's shuffle(seed=42) does
     assert [case.name for case in suites.load_suite("vizwiz", [tmp_path])] == [f"{number}.jpg" for number in order]
-    keys = [str(number) for number in range(150)]
-    problem = {"question": "?", "choices": [], "hint": "", "image": "image.png", "subject": "x"}
-    (tmp_path / "problems.json").write_text(json.dumps(dict.fromkeys(keys, problem)))
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": keys}))
-    random.seed(42)
-    assert [case.name for case in suites.load_suite("scienceqa", [tmp_path])] == random.sample(keys, 100)
+
+
+def test_solved_examples_are_drawn_behind_the_sample_and_stand_before_every_question(science):
+    folder, splits = science
+    pictured = {split: [key for key in keys if int(key) % 3] for split, keys in splits.items()}
+    random.seed(42)  # as the paper's code does: one generator, the sample first
+    asked, solved = random.sample(pictured["test"], 100), random.sample(pictured["train"], 3)
+    cases = suites.load_suite("scienceqa", [folder])
+    assert [case.name for case in cases] == asked
+    wanted = []
+    for key in solved:
+        context = "N/A" if int(key) % 2 else "Look at it."
+        text = f"Context: {context}\nQuestion: Which {key}?\nOptions: (A) red (B) blue (C) green\nAnswer:"
+        wanted += [("user", text), ("assistant", f"The answer is {'ABC'[int(key) % 3]}.")]
+    for case in (cases[0], cases[99]):
+        *examples, question = case.row["messages"]
+        assert [
+            (one["role"], one["content"][0]["text"] if number % 2 == 0 else one["content"])
+            for number, one in enumerate(examples)
+        ] == wanted
+        assert [one["content"][1]["path"] for one in examples[::2]] == [
+            f"images/train/{key}/image.png" for key in solved
+        ]
+        assert question["content"][1]["path"] == f"images/test/{case.name}/image.png"
+        assert question["content"][0]["text"].startswith("Context: ")
+        for path in (one["content"][1]["path"] for one in [*examples[::2], question]):
+            picture(folder / path)
+        before, questions = Asking().questions(case.name, case.conversation(), case.given)
+        assert [message.role for message in before.messages] == ["user", "assistant"] * 3
+        assert [message.content[0] for message in before.messages] == [text for _, text in wanted]
+        assert [message.content[0] for message in questions] == [question["content"][0]["text"]]
+    assert {case.given for case in cases} == {6}
+
+
+def test_a_split_that_is_missing_is_named(science):
+    folder, splits = science
+    (folder / "pid_splits.json").write_text(json.dumps({"test": splits["test"]}))
+    with pytest.raises(UserError, match="has no 'train', so it is not the file that scienceqa needs"):
+        suites.load_suite("scienceqa", [folder])
+
+
+@pytest.fixture
+def science(tmp_path):
+    """A folder of ScienceQA's layout, every third problem without a picture, and its splits."""
+    splits = {"train": [str(number) for number in range(300, 900)], "test": [str(number) for number in range(270)]}
+    problems = {
+        key: {
+            "question": f"Which  {key}?",
+            "choices": ["red", "blue", "green"],
+            "answer": int(key) % 3,
+            "hint": "" if int(key) % 2 else "Look at  it. ",
+            "image": "image.png" if int(key) % 3 else None,
+            "subject": "x",
+            "split": split,
+        }
+        for split, keys in splits.items()
+        for key in keys
+    }
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
+    return tmp_path, splits
 
 
 def test_the_testbed_is_found_in_a_checkout_and_files_are_taken_in_turn():

@@ -180,7 +180,7 @@ class Bench:
         return min(rows + longest * (len(questions) - 1), self._limit)
 
     def _questions(self, case: Case) -> tuple[Conversation, list[Message]]:
-        return self.asking.questions(case.name, case.conversation())
+        return self.asking.questions(case.name, case.conversation(), case.given)
 
     def _in_turn(self, cases: Sequence[tuple[int, Case]]) -> Iterator[tuple[int, Case, list[Contender]]]:
         """Each case with the order in which it is answered: turned round from one to the next."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -34,16 +34,23 @@ class Case:
     topic  under which its figures are pooled
     row    in any form that `Conversation.from_row` knows; the user's messages are asked, answers are not read
     root   where relative picture paths start
+    given  messages at the beginning of the row that are solved examples: not asked, and their answers stand
     """
 
     name: str
     topic: str
     row: Mapping[str, Any]
     root: Path
+    given: int = 0
 
     def conversation(self) -> Conversation:
         """Raises UserError for a row or a picture that cannot be used."""
         return Conversation.from_row(self.row, self.root)
+
+    def after(self, examples: Sequence[Case]) -> Case:
+        """The same questions behind solved ones, whose rows hold their answers."""
+        before = [message for example in examples for message in example.row["messages"]]
+        return replace(self, row={**self.row, "messages": [*before, *self.row["messages"]]}, given=len(before))
 
 
 @cache
@@ -68,7 +75,16 @@ def load_suite(name: str, data: Sequence[Path] = (), image_root: Path | None = N
         return from_files(_files(name, about, data), image_root)
     if len(data) != 1:
         raise _missing(name, about, "")
-    return _sampled(_cases(name, about, data[0], image_root), about.get("sample"))
+    cases = _cases(name, about, data[0], image_root)
+    if "sample" not in about:
+        return cases
+    draw = _drawing(about["sample"])
+    cases = draw(cases, about["sample"]["count"])
+    if "shots" not in about:
+        return cases
+    shots = about["shots"]  # drawn behind the sample by the same generator, as the paper's code does
+    examples = draw(_cases(name, {**about, **shots}, data[0], image_root), shots["count"])
+    return [case.after(examples) for case in cases]
 
 
 def from_files(files: Sequence[Path], image_root: Path | None = None) -> list[Case]:
@@ -122,17 +138,25 @@ def _cases(name: str, about: Mapping[str, Any], folder: Path, image_root: Path |
                 continue
             seen.add(value)
         try:
-            said = {key: fill(about[key], row) for key in ("id", "image", "prompt", "topic")}
+            said = {key: fill(about[key], row) for key in ("id", "image", "topic", *_TEXTS) if key in about}
         except KeyError as error:
             raise UserError(
                 f"Row {place + 1} of {file} has no {error}, so it is not the file that {name} needs."
             ) from None
-        picture, text = {"type": "image", "path": said["image"]}, {"type": "text", "text": said["prompt"]}
-        content = [text, picture] if about["picture"] == "after" else [picture, text]
         own = str(names.name({"id": said["id"]}, place))
-        question = {"id": own, "messages": [{"role": "user", "content": content}]}
+        question = {"id": own, "messages": _messages(about, said)}
         cases.append(Case(own, said["topic"], question, image_root or folder))
     return cases
+
+
+def _messages(about: Mapping[str, Any], said: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """A question with its picture, and its answer if it is a solved one."""
+    prompt, *answer = [
+        said[key].replace("  ", " ") if about.get("spaces") == "single" else said[key] for key in _TEXTS if key in said
+    ]
+    picture, text = {"type": "image", "path": said["image"]}, {"type": "text", "text": prompt}
+    content = [text, picture] if about["picture"] == "after" else [picture, text]
+    return [{"role": "user", "content": content}, *({"role": "assistant", "content": text} for text in answer)]
 
 
 def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping[str, Any]]:
@@ -150,7 +174,10 @@ def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping
             other = folder / about["order"]["file"]
             if not other.is_file():
                 raise _missing(name, about, f" ({other} is not there)")
-            order = _json(other)[about["order"]["key"]]
+            order, key = _json(other), about["order"]["key"]
+            if key not in order:
+                raise UserError(f"{other} has no {key!r}, so it is not the file that {name} needs.")
+            order = order[key]
         found = [{"key": key, **found[key]} for key in order]
     yield from found
 
@@ -174,20 +201,25 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     return _FIELD.sub(lambda found: _FORMS[found[2]](row[found[1]]), template)
 
 
+def _letter(place: int) -> str:
+    return chr(ord("A") + place)
+
+
+_TEXTS = ("prompt", "answer")  # what the user says and, in solved examples, the assistant
 _FORMS: Mapping[str | None, Any] = {
     None: str,
+    "stated": lambda text: str(text).strip() or "N/A",
+    "letter": _letter,
     "line": lambda text: str(text).partition("\n")[0],
     "words": " ".join,
-    "options": lambda choices: " ".join(f"({chr(ord('A') + place)}) {text}" for place, text in enumerate(choices)),
+    "options": lambda choices: " ".join(f"({_letter(place)}) {text}" for place, text in enumerate(choices)),
 }
 
 
-def _sampled(cases: list[Case], sample: Mapping[str, Any] | None) -> list[Case]:
-    """As the paper's code draws: in the order drawn."""
-    if sample is None:
-        return cases
-    count = min(sample["count"], len(cases))
+def _drawing(sample: Mapping[str, Any]) -> Callable[[list[Case], int], list[Case]]:
+    """Draws so many of a list, in the order drawn, as the paper's code does; one draw goes on behind the other."""
     if sample["draw"] == "python":
-        return random.Random(sample["seed"]).sample(cases, count)
-    order = np.random.default_rng(sample["seed"]).permutation(len(cases))
-    return [cases[place] for place in order[:count]]
+        deck = random.Random(sample["seed"])
+        return lambda cases, count: deck.sample(cases, min(count, len(cases)))
+    generator = np.random.default_rng(sample["seed"])
+    return lambda cases, count: [cases[place] for place in generator.permutation(len(cases))[:count]]

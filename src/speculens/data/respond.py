@@ -70,15 +70,21 @@ class Asking:
             seed=_hash(self.seed, name, turn),
         )
 
-    def questions(self, name: str | int, conversation: Conversation) -> tuple[Conversation, list[Message]]:
-        """What stands before the first question, and the questions as they are put. Raises UserError if none is."""
+    def questions(
+        self, name: str | int, conversation: Conversation, given: int = 0
+    ) -> tuple[Conversation, list[Message]]:
+        """What stands before the first question, and the questions as they are put. Raises UserError if none is.
+
+        given  messages at the beginning that stand as they are, answers too: solved examples
+        """
         template = self.templates[_hash(self.seed, name, "template") % len(self.templates)]
         said = [message for message in conversation.messages if message.role == "system"]
         head = [Message("system", (self.system,))] if self.system else said
-        asked = [put(message, template) for message in conversation.messages if message.role == "user"]
+        solved = [message for message in conversation.messages[:given] if message.role != "system"]
+        asked = [put(message, template) for message in conversation.messages[given:] if message.role == "user"]
         if not asked:
             raise UserError(f"Row {name!r}: it has no message of the user to answer.")
-        return Conversation(tuple(head)), asked[: self.turns]
+        return Conversation((*head, *solved)), asked[: self.turns]
 
     def fingerprint(self, target: str) -> str:
         """Of everything that the answers depend on."""
