@@ -351,6 +351,7 @@ def lines(rows):
     return "\n".join(map(json.dumps, rows))
 
 
+EXPLAIN = "Please answer with an explanation."
 LAYOUTS = {
     "scienceqa": (
         {
@@ -370,18 +371,18 @@ LAYOUTS = {
         ["images/test/1/image.png"],
         (
             "Context: Look.\nQuestion: Which?\nOptions: (A) red (B) blue\n"
-            'Please answer with an explanation; the answer should begin with "The answer is". Answer:'
+            'Your answer should begin with "The answer is". Please answer with an explanation. Answer:'
         ),
     ),
     "mm-vet": (
         {"mm-vet.json": {"v1_0": {"imagename": "v1_0.png", "question": "What is x?", "capability": ["ocr", "math"]}}},
         ["images/v1_0.png"],
-        "What is x?\nPlease answer with an explanation.",
+        ("What is x?", EXPLAIN),
     ),
     "textvqa": (
         {"TextVQA_0.5.1_val.json": {"data": [{"question": "Brand?", "question_id": 7, "image_id": "ab"}]}},
         ["train_images/ab.jpg"],
-        "Brand?\nRead all text in the image, and answer with a detailed explanation of the process.",
+        ("Brand?", suites.suites()["textvqa"]["prompt"][1]),
     ),
     "mme": (
         {
@@ -390,7 +391,7 @@ LAYOUTS = {
             ]
         },
         ["MME_Benchmark_release_version/MME_Benchmark/a/1.png"],
-        "Cat?\nPlease answer with an explanation.",
+        ("Cat?", EXPLAIN),
     ),
     "coco": (
         {
@@ -408,12 +409,12 @@ LAYOUTS = {
     "vizwiz": (
         {"test.json": [{"image": "V_1.jpg", "question": "What is this?"}]},
         ["test/V_1.jpg"],
-        "What is this?\nPlease answer with an explanation.",
+        ("What is this?", EXPLAIN),
     ),
     "gqa": (
         {"llava_gqa_testdev_balanced.jsonl": [{"question_id": "9", "image": "n1.jpg", "text": "Left?\nOne word."}]},
         ["images/n1.jpg"],
-        "Left?\nPlease answer with an explanation.",
+        ("Left?", EXPLAIN),
     ),
     "seed-bench": (
         {
@@ -423,7 +424,7 @@ LAYOUTS = {
             ]
         },
         ["SEED-Bench-image/2"],
-        "Where?\nPlease answer with an explanation.",
+        ("Where?", EXPLAIN),
     ),
 }
 
@@ -438,8 +439,10 @@ def test_a_published_layout_is_read_as_it_lies(name, tmp_path):
         if not Path(file).suffix:
             (tmp_path / f"{file}.png").rename(tmp_path / file)
     (case,) = suites.load_suite(name, [tmp_path])
-    text, shown = case.conversation().messages[0].content  # the paper's code puts the picture behind the text
-    assert (text, shown.size) == (prompt, (28, 28))
+    system, question = case.conversation().messages
+    assert system.role == "system" and system.content[0].startswith("A chat between a curious human and")
+    *texts, shown = question.content  # the paper's code puts the picture behind the text
+    assert (texts, shown.size) == ([prompt] if isinstance(prompt, str) else [*prompt], (28, 28))
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "mmspec", "jsonl"])
@@ -478,7 +481,7 @@ def test_solved_examples_are_drawn_behind_the_sample_and_stand_before_every_ques
         text = f"Context: {context}\nQuestion: Which {key}?\nOptions: (A) red (B) blue (C) green\nAnswer:"
         wanted += [("user", text), ("assistant", f"The answer is {'ABC'[int(key) % 3]}.")]
     for case in (cases[0], cases[99]):
-        *examples, question = case.row["messages"]
+        system, *examples, question = case.row["messages"]
         assert [
             (one["role"], one["content"][0]["text"] if number % 2 == 0 else one["content"])
             for number, one in enumerate(examples)
@@ -491,10 +494,10 @@ def test_solved_examples_are_drawn_behind_the_sample_and_stand_before_every_ques
         for path in (one["content"][1]["path"] for one in [*examples[::2], question]):
             picture(folder / path)
         before, questions = Asking().questions(case.name, case.conversation(), case.given)
-        assert [message.role for message in before.messages] == ["user", "assistant"] * 3
-        assert [message.content[0] for message in before.messages] == [text for _, text in wanted]
+        assert [message.role for message in before.messages] == ["system", *["user", "assistant"] * 3]
+        assert [message.content[0] for message in before.messages] == [system["content"], *(text for _, text in wanted)]
         assert [message.content[0] for message in questions] == [question["content"][0]["text"]]
-    assert {case.given for case in cases} == {6}
+    assert {case.given for case in cases} == {7}
 
 
 def test_a_split_that_is_missing_is_named(science):

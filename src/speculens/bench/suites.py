@@ -34,7 +34,7 @@ class Case:
     topic  under which its figures are pooled
     row    in any form that `Conversation.from_row` knows; the user's messages are asked, answers are not read
     root   where relative picture paths start
-    given  messages at the beginning of the row that are solved examples: not asked, and their answers stand
+    given  messages at the beginning of the row that stand as they are: a system message, solved examples
     """
 
     name: str
@@ -50,7 +50,15 @@ class Case:
     def after(self, examples: Sequence[Case]) -> Case:
         """The same questions behind solved ones, whose rows hold their answers."""
         before = [message for example in examples for message in example.row["messages"]]
-        return replace(self, row={**self.row, "messages": [*before, *self.row["messages"]]}, given=len(before))
+        return self._behind(before)
+
+    def under(self, system: str) -> Case:
+        """The same questions under a system message."""
+        return self._behind([{"role": "system", "content": system}])
+
+    def _behind(self, messages: Sequence[Mapping[str, Any]]) -> Case:
+        row = {**self.row, "messages": [*messages, *self.row["messages"]]}
+        return replace(self, row=row, given=self.given + len(messages))
 
 
 @cache
@@ -75,16 +83,8 @@ def load_suite(name: str, data: Sequence[Path] = (), image_root: Path | None = N
         return from_files(_files(name, about, data), image_root)
     if len(data) != 1:
         raise _missing(name, about, "")
-    cases = _cases(name, about, data[0], image_root)
-    if "sample" not in about:
-        return cases
-    draw = _drawing(about["sample"])
-    cases = draw(cases, about["sample"]["count"])
-    if "shots" not in about:
-        return cases
-    shots = about["shots"]  # drawn behind the sample by the same generator, as the paper's code does
-    examples = draw(_cases(name, {**about, **shots}, data[0], image_root), shots["count"])
-    return [case.after(examples) for case in cases]
+    cases = _chosen(name, about, data[0], image_root)
+    return [case.under(about["system"]) for case in cases] if "system" in about else cases
 
 
 def from_files(files: Sequence[Path], image_root: Path | None = None) -> list[Case]:
@@ -124,6 +124,20 @@ def _missing(name: str, about: Mapping[str, Any], what: str) -> UserError:
 # ---- rows of a published layout -------------------------------------------------------------------------------------
 
 
+def _chosen(name: str, about: Mapping[str, Any], folder: Path, image_root: Path | None) -> list[Case]:
+    """The sample of a suite's rows, or all of them, behind the solved examples."""
+    cases = _cases(name, about, folder, image_root)
+    if "sample" not in about:
+        return cases
+    draw = _drawing(about["sample"])
+    cases = draw(cases, about["sample"]["count"])
+    if "shots" not in about:
+        return cases
+    shots = about["shots"]  # drawn behind the sample by the same generator, as the paper's code does
+    examples = draw(_cases(name, {**about, **shots}, folder, image_root), shots["count"])
+    return [case.after(examples) for case in cases]
+
+
 def _cases(name: str, about: Mapping[str, Any], folder: Path, image_root: Path | None) -> list[Case]:
     file = folder / about["rows"]
     if not file.is_file():
@@ -138,25 +152,31 @@ def _cases(name: str, about: Mapping[str, Any], folder: Path, image_root: Path |
                 continue
             seen.add(value)
         try:
-            said = {key: fill(about[key], row) for key in ("id", "image", "topic", *_TEXTS) if key in about}
+            said = {key: fill(about[key], row) for key in ("id", "image", "topic")}
+            messages = _messages(about, said["image"], row)
         except KeyError as error:
             raise UserError(
                 f"Row {place + 1} of {file} has no {error}, so it is not the file that {name} needs."
             ) from None
         own = str(names.name({"id": said["id"]}, place))
-        question = {"id": own, "messages": _messages(about, said)}
+        question = {"id": own, "messages": messages}
         cases.append(Case(own, said["topic"], question, image_root or folder))
     return cases
 
 
-def _messages(about: Mapping[str, Any], said: Mapping[str, str]) -> list[Mapping[str, Any]]:
+def _messages(about: Mapping[str, Any], image: str, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A question with its picture, and its answer if it is a solved one."""
-    prompt, *answer = [
-        said[key].replace("  ", " ") if about.get("spaces") == "single" else said[key] for key in _TEXTS if key in said
-    ]
-    picture, text = {"type": "image", "path": said["image"]}, {"type": "text", "text": prompt}
-    content = [text, picture] if about["picture"] == "after" else [picture, text]
-    return [{"role": "user", "content": content}, *({"role": "assistant", "content": text} for text in answer)]
+    parts = [about["prompt"]] if isinstance(about["prompt"], str) else about["prompt"]
+    texts = [{"type": "text", "text": _text(about, part, row)} for part in parts]
+    picture = {"type": "image", "path": image}
+    content = [*texts, picture] if about["picture"] == "after" else [picture, *texts]
+    answer = [{"role": "assistant", "content": _text(about, about["answer"], row)}] if "answer" in about else []
+    return [{"role": "user", "content": content}, *answer]
+
+
+def _text(about: Mapping[str, Any], template: str, row: Mapping[str, Any]) -> str:
+    text = fill(template, row)
+    return text.replace("  ", " ") if about.get("spaces") == "single" else text
 
 
 def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping[str, Any]]:
@@ -205,7 +225,6 @@ def _letter(place: int) -> str:
     return chr(ord("A") + place)
 
 
-_TEXTS = ("prompt", "answer")  # what the user says and, in solved examples, the assistant
 _FORMS: Mapping[str | None, Any] = {
     None: str,
     "stated": lambda text: str(text).strip() or "N/A",
