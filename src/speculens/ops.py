@@ -87,7 +87,7 @@ def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
 STREAMED_ROWS = 32
 """Up to how many rows (at most 64) `linear` takes our kernels.
 
-On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row, 0.97 to 1.19 times for 10 to 32, and less than
+On an H200, cuBLAS took 1.02 to 1.35 times as long as ours for one row, 0.97 to 1.20 times for 10 to 32, and less than
 ours for 60 (`benchmarks/target_pass.py`, and the same with `--products`).
 """
 
