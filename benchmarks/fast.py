@@ -8,10 +8,12 @@ The target is a trained testbed model, widened to Qwen2.5-VL-7B's or LLaVA-1.5-7
 
     step    milliseconds of a step: plain, scoring a fixed tree of 60 nodes, drafting and scoring one; the host's share
     profile kernels of a step by name and the gaps between them, replayed and one by one
-    pairs   every prompt by `none` and by each drafter in turn, at T = 0 and T = 1: speedup, acceptance, exactness
+    pairs   every prompt by `none` and by each drafter in turn, at T = 0 and T = 1: speedup, acceptance, exactness;
+            each drafter with the better of the adaptive ladder's two largest trees (`plan.py`), pinned, which prompts
+            of their own choose
     hf      the same prompts by Hugging Face's `generate`: eager, with prompt lookup, with a static cache and compiled
-    slots   tokens per second of 1, 4, 16 and 32 slots, speculation off and on with the largest trees of the adaptive
-            ladder that so many slots may have (`plan.py`), each pinned; a first run chooses one
+    slots   tokens per second of 1, 4, 16 and 32 slots, speculation off and on, again with the better of the two
+            largest trees that so many slots may have; a first run chooses it
     memory  peak over `none`; bytes of KV as the engine tells them, and as they were allocated
 
 Graphs are recorded before anything is timed, and trees are pinned. Each part writes its JSON when it ends,
@@ -110,6 +112,7 @@ class Setup:
 
     drafters  by name, without `none`; the first one is the one that `step` and `slots` look at
     prompts   of the parts that need natural answers
+    trial     others, by which trees are chosen
     long      one prompt with a long prefix
     """
 
@@ -117,6 +120,7 @@ class Setup:
     target: Target
     drafters: Mapping[str, Drafter]
     prompts: Sequence[Prompt]
+    trial: Sequence[Prompt]
     long: Prompt
     new_tokens: int
     shape: TreeShape
@@ -313,9 +317,14 @@ def measure_pairs(setup: Setup) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature=temperature, max_new_tokens=setup.new_tokens)
-        engines = {name: setup.engine(name, setup.prompts, sampling) for name in (NONE, *setup.drafters)}
+        engines = {NONE: setup.engine(NONE, setup.prompts, sampling)}
+        trees = {name: _fastest(setup, name, sampling) for name in setup.drafters}
+        engines |= {name: tree.engine for name, tree in trees.items()}
         answers = _in_turn({name: partial(ask, engine) for name, engine in engines.items()}, setup, sampling)
-        result[f"t{temperature:g}"] = {name: _compared(name, answers) for name in engines}
+        lines = {name: _compared(name, answers) for name in engines}
+        result[f"t{temperature:g}"] = {
+            name: line | trees[name].words if name in trees else line for name, line in lines.items()
+        }
         if temperature == 0:
             small = Engine(setup.small, capacity=max(map(len, setup.prompts)) + setup.new_tokens)
             own = [ask(small, prompt, sampling) for prompt in setup.prompts[: len(answers[NONE])]]
@@ -364,7 +373,8 @@ def measure_huggingface(setup: Setup) -> dict[str, Any]:
         name: partial(_own, setup.target, peers.load_peer(name, setup.target, temperature=0).answer)
         for name in ("hf", "hf:lookup")
     }
-    ours = {name: partial(ask, setup.engine(name, setup.prompts, sampling)) for name in (NONE, setup.best)}
+    none, tree = setup.engine(NONE, setup.prompts, sampling), _fastest(setup, setup.best, sampling)
+    ours = {NONE: partial(ask, none), setup.best: partial(ask, tree.engine)}
     few = dataclasses.replace(setup, prompts=setup.prompts[:6])
     answers = _in_turn({**ours, **theirs}, few, sampling)
     result = {name: _compared(name, answers, base="hf") for name in answers}
@@ -434,19 +444,16 @@ def measure_slots(setup: Setup) -> dict[str, Any]:
 
 
 def _at_once(setup: Setup, slots: int) -> dict[str, Any]:
-    """The better of two trees beside no draft. It is chosen by a first run of each, which counts for nothing else."""
+    """The better of two trees beside no draft."""
     sampling, asked = Sampling(max_new_tokens=setup.new_tokens), list(islice(cycle(setup.prompts), slots))
     fill = partial(_fill, prompts=asked, sampling=sampling, clock=setup.clock)
-    engines = {_words(shape): setup.engine(setup.best, asked, sampling, slots, shape) for shape in _shapes(slots)}
-    tried = {name: fill(engine)[0] for name, engine in engines.items()}
-    best = max(tried, key=lambda name: tried[name])
-    contenders = {NONE: setup.engine(NONE, asked, sampling, slots), "drafted": engines[best]}
+    tree = _fastest(setup, setup.best, sampling, slots, [asked])
+    contenders = {NONE: setup.engine(NONE, asked, sampling, slots), "drafted": tree.engine}
     runs = _rounds({name: partial(fill, engine) for name, engine in contenders.items()}, 2)
     figures = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in runs.items()}
     off, drafted = figures[NONE], figures["drafted"]
     return {
-        "tree": best,
-        "tried": tried,
+        **tree.words,
         "on_over_off": drafted[0] / off[0],
         "on_over_off_with_prefill": drafted[1] / off[1],
         "mean_acceptance_length": drafted[2],
@@ -454,6 +461,33 @@ def _at_once(setup: Setup, slots: int) -> dict[str, Any]:
         "tokens_per_second": {name: row[0] for name, row in figures.items()},
         "with_prefill": {name: row[1] for name, row in figures.items()},
     }
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """An engine with the tree that was the fastest of those tried; tokens per second of each."""
+
+    engine: Engine
+    tried: Mapping[str, float]
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """For a JSON."""
+        return {"tree": max(self.tried, key=lambda name: self.tried[name]), "tried": self.tried}
+
+
+def _fastest(
+    setup: Setup, name: str, sampling: Sampling, slots: int = 1, asked: Sequence[Sequence[Prompt]] | None = None
+) -> _Tree:
+    """The largest trees of so many slots, tried by prompts asked at once; by default those for trial, one by one."""
+    asked = asked or [[prompt] for prompt in setup.trial]
+    capacity = [*setup.prompts, *setup.trial]
+    engines = {_words(shape): setup.engine(name, capacity, sampling, slots, shape) for shape in _shapes(slots)}
+    tried = {
+        words: statistics.mean(_fill(engine, prompts, sampling, setup.clock)[0] for prompts in asked)
+        for words, engine in engines.items()
+    }
+    return _Tree(engines[max(tried, key=lambda words: tried[words])], tried)
 
 
 def _shapes(slots: int, most: int = 2) -> list[TreeShape]:
@@ -599,12 +633,15 @@ def _prepare(given: argparse.Namespace, clock: Clock) -> Setup:
         drafters = {name: widen_drafter(drafter, target) for name, drafter in drafters.items()}
     if given.draft_vocab:
         drafters = {name: _trimmed(drafter, small, given.draft_vocab) for name, drafter in drafters.items()}
-    asked = questions([HELDOUT / "charts.jsonl"], 2 if given.tiny else given.prompts)
+    count, trial = (2, 1) if given.tiny else (given.prompts, 3)
+    asked = questions([HELDOUT / "charts.jsonl"], count + trial)
+    encoded = [target.encode(question) for question in with_pictures(asked, given.pictures)]
     return Setup(
         small=small,
         target=target,
         drafters=drafters,
-        prompts=[target.encode(question) for question in with_pictures(asked, given.pictures)],
+        prompts=encoded[:count],
+        trial=encoded[count:],
         long=target.encode(with_pictures(asked, given.long_pictures)[0]),
         new_tokens=12 if given.tiny else given.max_new_tokens,
         shape=TreeShape(*given.tree),
