@@ -42,7 +42,7 @@ from speculens import Engine, Sampling, Target, load_drafter, load_target
 from speculens.answer import Entry, ask
 from speculens.drafters import METHODS, Drafter, TrainedDrafter
 from speculens.stats import Stats
-from speculens.targets.attention import install_attention
+from speculens.targets.load import prepare
 
 # What the constant is, how much of it the final norm hands on (so little that features keep their length), and how a
 # token that was added weighs it. Powers of two: exact in every format.
@@ -209,7 +209,7 @@ def widen_target(small: Target, shape: Shape, *, device: torch.device | str, dty
         decoder = model.get_decoder()
         for number, layer in enumerate(decoder.layers):
             layout.layer(layer, small.decoder.layers[number] if number < small.num_layers else None)
-    install_attention(model)
+    prepare(model)
     return Target(model, small.processor)
 
 

@@ -16,6 +16,7 @@ from speculens.engine import WARM, Engine
 from speculens.loop import Bucket
 from speculens.plan import ROOMY, Planner, ladder
 from speculens.sampling import Needs, Sampling
+from speculens.targets import prompt_graphs
 from speculens.training.config import DrafterRecipe
 from speculens.training.student import make_drafter
 from speculens.tree import TreeShape
@@ -204,6 +205,92 @@ def test_a_drafter_that_works_on_the_host_is_never_recorded():
         engine = Engine(target("llava"), drafter, capacity=CAPACITY)
         assert engine._loop.state is None
         assert not Recorder(engine._loop.step, engine._loop.state).on
+
+
+# Short prompts
+
+
+class Again(Recorder):
+    """Stands for graphs of anything: a replay runs the work again and writes over what the last one gave."""
+
+    def __init__(self, work, state, place=None):
+        super().__init__(work, state, place)
+        self.on = True
+
+    def _record(self, key, kept):
+        return None, self._work(key)
+
+    def replay(self, key):
+        self.replays += 1
+        result = self._graphs[key][1]
+        with DeviceOnly():
+            return result.copy_(self._work(key))
+
+
+@pytest.fixture
+def recorded_prompts(monkeypatch):
+    """An engine whose passes over short prompts are recorded."""
+    monkeypatch.setattr(prompt_graphs, "Recorder", Again)
+    monkeypatch.setattr(prompt_graphs, "GRAIN", 32)
+
+    def make(family, **options: object):
+        engine = engine_for("eaglevlm", family, **options)
+        for record in engine._target.recordings(engine._recorder.place):
+            assert record()
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_recorded_prompts_give_the_tokens_of_eager_ones(recorded_prompts, family):
+    """Ragged prompts into every row, rows freed and filled anew, and a prompt that overflowed before."""
+    asked = [*requests(family), *requests(family)]
+    samplings = [Sampling(max_new_tokens=LENGTHS[i % 4], temperature=i % 2, seed=i) for i in range(len(asked))]
+    eager, engine = engine_for("eaglevlm", family, slots=3), recorded_prompts(family, slots=3)
+    graphs = engine._target._graphs
+    graphs._embeds.fill_(float("nan"))
+    texts = [[one.tokens for one in each.generate_all(asked, samplings)] for each in (eager, engine)]
+    assert texts[0] == texts[1]
+    plain = sum(len(prompt) <= graphs.sizes[0] and family != "qwen3_vl" for prompt in asked)  # deepstack is not plain
+    assert graphs.recorder.replays == plain
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_recorded_prompt_touches_its_own_row_alone(recorded_prompts, row):
+    engine = recorded_prompts("llava", slots=3)
+    session, cache = engine._target, engine._target.cache
+    prompts = requests("llava")[:3]
+    earlier = [session.prefill(prompt)[1] for prompt in prompts[:row]]
+    given = [features.hidden.clone() for features in earlier]
+    before = [block.clone() for block in cache._blocks.values()]
+    session.prefill(prompts[row])
+    assert all(map(torch.equal, given, [features.hidden for features in earlier]))
+    for old, new in zip(before, cache._blocks.values(), strict=True):
+        changed = (old != new).any(0).any(-1).view(3, -1)
+        assert changed.any(1).tolist() == [number == row for number in range(3)]
+        assert not changed[row, graph_size(session, prompts[row]) :].any()
+    assert cache.lengths.tolist() == [len(prompt) for prompt in prompts[: row + 1]] + [0] * (2 - row)
+
+
+def graph_size(session, prompt):
+    return session._graphs._bucket(len(prompt))
+
+
+def test_prompts_that_are_too_long_or_come_in_pieces_are_launched_as_ever(recorded_prompts, monkeypatch):
+    monkeypatch.setattr(prompt_graphs, "MOST_ROWS", 32)
+    engine = recorded_prompts("llava")
+    longer = next(one for one in requests("llava") if len(one) > 32)
+    assert engine.generate(longer, Sampling(max_new_tokens=4)).tokens
+    assert engine._target._graphs.recorder.replays == 0
+    pieces = engine._target.pieces(longer, 20)
+    assert [None for _ in pieces]
+    assert engine._target._graphs.recorder.replays == 1, "the first piece is as short as a prompt"
+
+
+def test_where_nothing_is_recorded_prompts_are_not():
+    engine = engine_for("eaglevlm", "llava")
+    assert engine._target.recordings(engine._recorder.place) == []
 
 
 # Buckets and warm-up

@@ -94,6 +94,7 @@ def check_warm_up(method: str) -> None:
     captures = engine._recorder.captures
     assert texts(engine, requests("llava"), GREEDY) == before
     assert engine._recorder.captures == captures > 0
+    assert engine._target._graphs.recorder.replays == len(LENGTHS)
 
 
 def check_pieces(family: str) -> None:
@@ -122,8 +123,10 @@ def check_testbed(name: str) -> None:
     for samplings in (GREEDY[:3], SAMPLED[:3]):
         eager = Engine(trained, drafter, slots=2, capacity=1024, capture="off")
         captured = Engine(trained, drafter, slots=2, capacity=1024)
+        assert all(record() for record in captured._target.recordings(captured._recorder.place))
         assert texts(captured, prompts, samplings, lengths) == texts(eager, prompts, samplings, lengths)
         assert captured._recorder.on and captured._recorder.replays > 0
+        assert captured._target._graphs.recorder.replays == len(prompts)
 
 
 def check_plain_attention() -> None:

@@ -10,6 +10,7 @@ the head group is folded into the query axis: keys and values are never repeated
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +108,10 @@ def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 
 def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
     """The attention of torch, with its options, by kernels that take a shape as it comes."""
-    if not queries.is_cuda:
+    with for_any_shape(queries.device):
         return F.scaled_dot_product_attention(queries, keys, values, **options)
-    with sdpa_kernel(_FOR_ANY_SHAPE):
-        return F.scaled_dot_product_attention(queries, keys, values, **options)
+
+
+def for_any_shape(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which torch's attention does without cuDNN's kernels, which are planned anew for each new shape."""
+    return sdpa_kernel(_FOR_ANY_SHAPE) if device.type == "cuda" else nullcontext()

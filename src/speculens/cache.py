@@ -72,6 +72,7 @@ class SlotCache:
         self._columns = self._width = 0
         self._high = 0  # columns ever written to
         self._index: Tensor | None = None  # of what is written next, made when it is needed
+        self._end: Tensor | None = None  # where that begins, if only the device knows
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +92,8 @@ class SlotCache:
     @property
     def aimed(self) -> Tensor:
         """Committed columns of the aimed rows: a view of `lengths`."""
+        if self._end is not None:
+            return self._end
         return self.lengths[self._rows.start : self._rows.stop]
 
     @property
@@ -137,6 +140,23 @@ class SlotCache:
             raise RuntimeError(f"KV cache overflow: {self._columns} columns asked, {self.capacity} held")
         self._high = max(self._high, self._columns)
         self._index = None
+
+    @contextmanager
+    def anywhere(self, end: Tensor, width: int) -> Iterator[None]:
+        """A block whose writes go to `width` columns from place `end` (1,) of all rows laid end to end.
+
+        The device alone knows the place, so one graph serves every row. Reads see all rows as one, and it is the
+        reader's affair which of their columns are his. Then the aim is what it was.
+        """
+        before = self._rows, self.start, self._columns, self._width, self._index
+        self._rows, self.start, self._columns, self._width = range(1), 0, width, width
+        self._high = max(self._high, width)
+        self._end, self._index = end, end + self._offsets[:width]
+        try:
+            yield
+        finally:
+            self._rows, self.start, self._columns, self._width, self._index = before
+            self._end = None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, heads, n, head_dim) keys and values of the aimed rows; views (B, heads, columns, dim) return."""
@@ -227,7 +247,10 @@ class SlotCache:
 
     def _view(self, layer: int, which: int) -> Tensor:
         device, first = self._place[layer]
-        slots = self._blocks[device][first + which].view(self.slots, self.capacity, self.heads, self.head_dim)
+        flat = self._blocks[device][first + which]
+        if self._end is not None:
+            return flat.view(1, -1, self.heads, self.head_dim).transpose(1, 2)
+        slots = flat.view(self.slots, self.capacity, self.heads, self.head_dim)
         return slots[self._rows.start : self._rows.stop, : self._columns].transpose(1, 2)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,25 +22,38 @@ Result = TypeVar("Result")
 WARM_UPS = 2  # runs before a recording: libraries choose their kernels and take their workspaces
 
 
+class Place(NamedTuple):
+    """Memory of graphs that run in turn, and the one stream they are recorded on: libraries keep workspaces for each."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
 class Recorder(Generic[Key, Result]):
     """Graphs of `work`, by key.
 
     work   of one key: the same tensor operations on the same buffers each time, without a host read
     state  the buffers that carry something from one run to the next. Recording runs the work, so they are put back;
            what else it writes must be junk that the next run writes anew
+    place  where graphs lie that run one after another with these, another recorder's; None makes a new one
 
     captures, replays, and whether it is `on`: off from the start where there is no state to put back or no CUDA device,
     and for good after the first recording that fails.
     """
 
-    def __init__(self, work: Callable[[Key], Result], state: Sequence[Tensor] | None) -> None:
+    def __init__(
+        self,
+        work: Callable[[Key], Result],
+        state: Sequence[Tensor] | None,
+        place: Place | None = None,
+    ) -> None:
         self._work, self._state = work, state or ()
         self.on = bool(state) and all(part.is_cuda for part in self._state)
         self.captures = self.replays = 0
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Result]] = {}
-        # One pool, because graphs run one after another; one stream, because libraries keep workspaces for each.
-        self._pool = torch.cuda.graph_pool_handle() if self.on else None
-        self._side = torch.cuda.Stream(self._state[0].device) if self.on else None
+        self.place = place
+        if self.on and place is None:
+            self.place = Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._state[0].device))
 
     def __contains__(self, key: object) -> bool:
         return key in self._graphs
@@ -57,7 +70,7 @@ class Recorder(Generic[Key, Result]):
                 self._graphs.clear()
                 reason = str(error).strip().split("\n")[0]
                 logger.warning(
-                    "Steps run one kernel at a time from now on: %s could not be recorded (%s).", key, reason
+                    "Such work runs one kernel at a time from now on: %s could not be recorded (%s).", key, reason
                 )
             finally:
                 self._restore(kept)
@@ -71,8 +84,8 @@ class Recorder(Generic[Key, Result]):
         return result
 
     def _record(self, key: Key, kept: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Result]:
-        side, main = self._side, torch.cuda.current_stream(kept[0].device)
-        assert side is not None  # noqa: S101 - for the type checker: nothing is recorded while this is off
+        assert self.place  # noqa: S101 - for the type checker: nothing is recorded while this is off
+        side, main = self.place.stream, torch.cuda.current_stream(kept[0].device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -82,7 +95,7 @@ class Recorder(Generic[Key, Result]):
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (a server's, a tokenizer's) may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.place.pool, stream=side, capture_error_mode="thread_local"):
                 result = self._work(key)
         finally:
             torch.cuda.set_stream(main)  # a recording that fails does not come back by itself

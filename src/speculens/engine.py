@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -199,6 +200,8 @@ class Engine:
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
         """Record every graph that requests of such settings will need; nothing where steps are not recorded.
 
+        Passes over short prompts are recorded here and nowhere else.
+
         samplings  settings by kind: greedy, with or without each filter; a batch may hold one kind or all of them
         progress   called after each graph with how many are done, and how many there are
         """
@@ -206,12 +209,15 @@ class Engine:
         if not self._recorder.on:
             return
         self._target.rehearse()
-        buckets = self._buckets(samplings)
-        for done, bucket in enumerate(buckets, 1):
-            if not self._recorder.ready(bucket):
+        recordings: list[Callable[[], bool]] = [
+            partial(self._recorder.ready, bucket) for bucket in self._buckets(samplings)
+        ]
+        recordings += self._target.recordings(self._recorder.place)
+        for done, record in enumerate(recordings, 1):
+            if not record():
                 return
             if progress:
-                progress(done, len(buckets))
+                progress(done, len(recordings))
 
     def cancel(self, slot: Slot) -> None:
         """End a slot now; its row is free for the next request. Does nothing if it has ended already."""

@@ -107,6 +107,18 @@ def project(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias) if plain else layer(x)
 
 
+def look_up(table: Any, tokens: Tensor) -> Tensor:
+    """Rows of an embedding: tokens (...) -> (..., H).
+
+    For a few tokens on a GPU, gathering whole rows is faster than torch's embedding (2 against 6 us on an H200).
+    """
+    if not tokens.is_cuda or type(table) is not nn.Embedding or is_watched(table) or torch.is_grad_enabled():
+        found: Tensor = table(tokens)
+        return found
+    weight = table.weight
+    return weight.gather(0, tokens.reshape(-1, 1).expand(-1, weight.shape[1])).view(*tokens.shape, -1)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked a module's forward, or put another in its place."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))  # noqa: SLF001

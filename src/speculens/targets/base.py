@@ -8,7 +8,7 @@ the decoder is called directly with embeddings, positions, a 4-D mask and our ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculens.attention import TreeMask, causal_attention, tree_attention
+from speculens.attention import TreeMask, causal_attention, for_any_shape, tree_attention
 from speculens.cache import SlotCache, cache_arguments
+from speculens.capture import Place
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import project, send
+from speculens.ops import look_up, project, send
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode, image_token_id
+from speculens.targets.prompt_graphs import PromptGraphs
 from speculens.targets.segments import foresees
 from speculens.tree import DraftTree
 
@@ -55,7 +57,7 @@ class Target:
         self.processor = processor
         self.decoder = model.get_decoder()
         self.text_config = model.config.get_text_config()
-        self.embedding = model.get_input_embeddings()
+        self.embedding: Any = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self._softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self._softcap_applies: bool | None = None
@@ -148,7 +150,7 @@ class Target:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings (..., H), scaled as the model scales them."""
-        return self.embedding(tokens)
+        return look_up(self.embedding, tokens)
 
     def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor:
         """The head, or some of its rows, on hidden states after the final norm: (..., H) -> (..., V)."""
@@ -214,7 +216,8 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
+            with for_any_shape(self.device):  # pictures come in many sizes, and towers use torch's attention
+                self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
         finally:
@@ -292,6 +295,7 @@ class TargetSession:
         # PaliGemma (positions start at 1). Kept per slot; the model's own `rope_deltas` belongs to whoever ran last.
         self._offsets = torch.zeros(slots, dtype=torch.long, device=target.device)
         self._fused = target.fused()
+        self._graphs: PromptGraphs | None = None
         self._axes = 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
         types = getattr(config, "layer_types", None) or ()
         self._window = getattr(config, "sliding_window", None) if "sliding_attention" in types else None
@@ -357,6 +361,17 @@ class TargetSession:
             self.prefill(Prompt(ids, inputs, ids.bool()))
             self.free(self.cache.running - 1)
 
+    def recordings(self, place: Place | None) -> list[Callable[[], bool]]:
+        """What records the passes over short prompts, a size each; nothing where they cannot be recorded.
+
+        place  of the graphs of the steps, which run in turn with these
+        """
+        if self._graphs is None and self._fused:
+            self._graphs = PromptGraphs(self._fused, self.cache, self.target.embedding.weight, place)
+        if self._graphs is None or not self._graphs.recorder.on:
+            return []
+        return [partial(self._graphs.recorder.ready, size) for size in self._graphs.sizes]
+
     @torch.no_grad()
     def score(self, tree: DraftTree, horizon: int = 0) -> tuple[Tensor, Tensor]:
         """One pass over every node of the first B rows: logits (B, N, V) and hidden states (B, N, H). No host read.
@@ -402,7 +417,12 @@ class TargetSession:
         embeds, positions = door["inputs_embeds"], door.get("position_ids")
         if positions is None:
             positions = torch.arange(cache.before, cache.columns, device=embeds.device)[None]
-        return self._fused(embeds, _turned(positions), cache, causal_attention)
+        positions = _turned(positions)
+        if self._graphs and cache.before == 0:
+            hidden = self._graphs(embeds, positions, cache.running)
+            if hidden is not None:
+                return hidden
+        return self._fused(embeds, positions, cache, causal_attention)
 
     def _decode(self, embeds: Tensor, positions: Tensor, mask: TreeMask) -> Tensor:
         """Hidden states by the model's own decoder."""

@@ -40,7 +40,7 @@ class FusedDecoder:
         self._decoder = decoder
         self._layers = [_layer(layer) for layer in decoder.layers]
         self._parts = _parts(decoder)
-        self._axes = 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
+        self.axes = 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1  # of a position
         self._check()
 
     @property
@@ -61,8 +61,8 @@ class FusedDecoder:
 
         positions  (B, N), or M-RoPE's (3, B, N); in drafted rows all axes of an M-RoPE position are the same number
         """
-        if self._axes > 1 and positions.ndim == 2:
-            positions = positions.expand(self._axes, -1, -1)
+        if self.axes > 1 and positions.ndim == 2:
+            positions = positions.expand(self.axes, -1, -1)
         turn = self._decoder.rotary_emb(embeds, positions)
         stream, update = embeds, None
         for number, layer in enumerate(self._layers):

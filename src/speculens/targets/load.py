@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from speculens.errors import UserError, first_line
 from speculens.targets.attention import install_attention
@@ -44,10 +44,15 @@ def load_target(
         model = model.to(device)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point()):
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
+    prepare(model)
+    return Target(model, load_processor(name, config, revision=revision))
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Give a model what makes it faster as it is: attention of ours, and towers without waits."""
     install_attention(model)
     join_segments(model)
     multiply_patches(model)
-    return Target(model, load_processor(name, config, revision=revision))
 
 
 def outline_target(name: str, *, revision: str | None = None) -> Target:
