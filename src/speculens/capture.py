@@ -23,7 +23,7 @@ WARM_UPS = 2  # runs before a recording: libraries choose their kernels and take
 
 
 class Place(NamedTuple):
-    """Memory of graphs that run in turn, and the one stream they are recorded on: libraries keep workspaces for each."""
+    """Memory of graphs that run in turn, and the one stream of their recording: libraries keep workspaces for each."""
 
     pool: Any
     stream: torch.cuda.Stream
