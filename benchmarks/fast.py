@@ -589,7 +589,8 @@ def _parameters(drafter: Any) -> list[Tensor]:
 
 
 def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Bytes that were asked for and not given back: without what the allocator adds to round them up."""
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"]) if device.type == "cuda" else 0
 
 
 def _peak(setup: Setup, name: str) -> int:
