@@ -1,7 +1,7 @@
 r"""What visual tokens cost each method: drafter's prefill, acceptance and speedup from 256 to 4,096 of them.
 
-    python -m benchmarks.visual_tokens --target testbed/weights/qwen2_5_vl --how larger --minutes 8 --out runs/larger
-    python -m benchmarks.visual_tokens --target testbed/weights/llava --how several --minutes 8 --out runs/several
+    python -m benchmarks.visual_tokens --target testbed/weights/qwen2_5_vl --how larger --widen --out runs/larger
+    python -m benchmarks.visual_tokens --target testbed/weights/llava --how several --widen --out runs/several
 
 larger   one picture scaled up, where the family's processor takes pictures of any size
 several  more pictures of the same size before the one that is asked about
@@ -10,11 +10,14 @@ The testbed's targets have learnt from one picture of 256 tokens. Beyond that th
 and their text grows worse; it is still *their* text, which drafters must guess, and times do not depend on what is
 said. Rotary positions are computed, not looked up, so a longer context than the config's is a matter of one number;
 where a size needs that, the sweep raises it for all sizes and says so. Drafters' own limits are the same: none.
-Prefill is timed apart, the device waited for. The last line is JSON.
+With --widen target and drafters have a 7B's shape and cost (`benchmarks.widen`; for a GPU), without it their own, whose
+passes are so small that on a GPU their launches are all that is timed. Prefill is timed apart, the device waited for.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.methods import PROMPTS, arguments, beside, finish, loaded, measured, prompts_of, read
+from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
 from speculens import load_target
 from speculens.bench.figures import POOLED
 from speculens.bench.suites import Case, from_files
@@ -42,15 +46,15 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--how", choices=["larger", "several"], required=True)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="visual tokens of a prompt, about")
+    parser.add_argument("--widen", action="store_true", help="at a 7B's cost")
     parser.set_defaults(limit=12, max_new_tokens=128)
     given = read(parser)
-    target = load_target(given.target, device=given.device, dtype=given.dtype)
+    target, drafters = _contenders(given)
     own_context = target.context
     needed = max(given.sizes) + TEXT_ROWS + given.max_new_tokens
     target.text_config.max_position_embeddings = max(own_context, needed)
     if needed > own_context:
         print(f"The target's context is raised from {own_context} to {needed} rows for this sweep.")
-    drafters = loaded(target, given.drafter or beside(given.target))
     asking = Asking(temperature=0.0, max_new_tokens=given.max_new_tokens)
     found = []
     print(
@@ -67,8 +71,18 @@ def main() -> None:
             line = made["drafters"][name][POOLED]
             print(_row(visual, name, line, *prefills[name]), flush=True)
         found.append({"size": size, "visual_tokens": visual, "prefill_seconds": prefills, **made})
-    about = {"how": given.how, "own_context": own_context, "context": target.context}
+    about = {"how": given.how, "widened": given.widen, "own_context": own_context, "context": target.context}
     finish(given, {**about, "sweep": found})
+
+
+def _contenders(given: argparse.Namespace) -> tuple[Target, dict[str, Drafter]]:
+    """The target with its drafters, in their own shape or in a 7B's."""
+    target = load_target(given.target, device=given.device, dtype=given.dtype)
+    drafters = loaded(target, given.drafter or beside(given.target))
+    if not given.widen:
+        return target, drafters
+    wide = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
+    return wide, {name: widen_drafter(drafter, wide) for name, drafter in drafters.items()}
 
 
 def _sized(

@@ -227,11 +227,15 @@ class Again(Recorder):
             return result.copy_(self._work(key))
 
 
+def let_prompts_be_recorded(monkeypatch):
+    monkeypatch.setattr(prompt_graphs, "Recorder", Again)
+    monkeypatch.setattr(prompt_graphs, "GRAIN", 32)
+
+
 @pytest.fixture
 def recorded_prompts(monkeypatch):
     """An engine whose passes over short prompts are recorded."""
-    monkeypatch.setattr(prompt_graphs, "Recorder", Again)
-    monkeypatch.setattr(prompt_graphs, "GRAIN", 32)
+    let_prompts_be_recorded(monkeypatch)
 
     def make(family, **options: object):
         engine = engine_for("eaglevlm", family, **options)
@@ -286,6 +290,20 @@ def test_prompts_that_are_too_long_or_come_in_pieces_are_launched_as_ever(record
     pieces = engine._target.pieces(longer, 20)
     assert [None for _ in pieces]
     assert engine._target._graphs.recorder.replays == 1, "the first piece is as short as a prompt"
+
+
+def test_prompts_are_recorded_also_where_steps_cannot_be(monkeypatch):
+    """Else `none` pads and replays a prompt that `lookup` beside it launches: half precision rounds these apart."""
+    let_prompts_be_recorded(monkeypatch)
+    engine = Engine(target("llava"), LookupDrafter(), slots=2, capacity=CAPACITY)
+    engine._recorded, told = True, []
+    engine.warm_up(progress=lambda done, total: told.append((done, total)))
+    recorder = engine._target._graphs.recorder
+    assert told[-1] == (recorder.captures, recorder.captures)
+    shortest = min(requests("llava"), key=len)
+    assert engine.generate(shortest, Sampling(max_new_tokens=4)).tokens
+    assert recorder.replays == 1
+    assert engine._recorder.captures == engine._recorder.replays == 0
 
 
 def test_where_nothing_is_recorded_prompts_are_not():

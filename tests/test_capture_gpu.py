@@ -23,7 +23,7 @@ import tiny  # noqa: E402 - found by the line above when this file is run by its
 from speculens.attention import plain_attention  # noqa: E402
 from speculens.checkpoints import load_drafter  # noqa: E402
 from speculens.conversation import Conversation  # noqa: E402
-from speculens.drafters import METHODS, NoDrafter  # noqa: E402
+from speculens.drafters import METHODS, LookupDrafter, NoDrafter  # noqa: E402
 from speculens.engine import Engine  # noqa: E402
 from speculens.sampling import Sampling  # noqa: E402
 from speculens.targets import Target, load_target  # noqa: E402
@@ -55,8 +55,8 @@ def target(family: str) -> Target:
 
 @functools.cache
 def guesser(method: str, family: str):
-    if method == "none":
-        return NoDrafter()
+    if method in ("none", "lookup"):
+        return NoDrafter() if method == "none" else LookupDrafter()
     torch.manual_seed(7)
     drafter = make_drafter(DrafterRecipe(method), target(family))
     return drafter.to("cuda", target(family).dtype).eval().requires_grad_(False)
@@ -92,9 +92,34 @@ def check_warm_up(method: str) -> None:
     engine = Engine(target("llava"), guesser(method, "llava"), slots=3, capacity=CAPACITY, shape=WIDE)
     engine.warm_up()
     captures = engine._recorder.captures
+    assert (captures > 0) == (method != "lookup")  # it works on the host, so of its work prompts alone are recorded
     assert texts(engine, requests("llava"), GREEDY) == before
-    assert engine._recorder.captures == captures > 0
+    assert engine._recorder.captures == captures
     assert engine._target._graphs.recorder.replays == len(LENGTHS)
+
+
+def check_no_wait(method: str, family: str) -> None:
+    """From the target's pass over a prompt to the first token nothing waits for the device."""
+    engine = Engine(target(family), guesser(method, family), slots=2, capacity=CAPACITY, shape=WIDE)
+
+    def unwaiting(work: Callable) -> Callable:
+        def run(*args: object) -> object:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return work(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    front = engine._loop.front
+    for owner, name in ((engine, "_first"), (engine._drafter, "begin")):
+        setattr(owner, name, unwaiting(getattr(owner, name)))
+    for name in ("prepare", "admit"):
+        object.__setattr__(front, name, unwaiting(getattr(front, name)))
+    asked = requests(family)[:2]
+    settings = [Sampling(max_new_tokens=1), Sampling(max_new_tokens=1, temperature=1.0, top_p=0.9, seed=3)]
+    assert all(generation.tokens for generation in engine.generate_all(asked, settings))
 
 
 def check_pieces(family: str) -> None:
@@ -151,8 +176,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for family in FAMILIES[:2]:
         yield f"pieces on {family}", functools.partial(check_pieces, family)
     yield "attention for any shape", check_plain_attention
-    for method in ("none", "hivis"):
+    for method in ("none", "hivis", "lookup"):
         yield f"warm-up of {method}", functools.partial(check_warm_up, method)
+    for method in ("none", "eaglevlm", "vispec", "hivis"):  # SpecVLM's gate decides on the host
+        for family in FAMILIES[:2]:
+            yield f"no wait, {method} on {family}", functools.partial(check_no_wait, method, family)
     for name in ("llava", "qwen2_5_vl"):
         yield f"testbed {name}", functools.partial(check_testbed, name)
 

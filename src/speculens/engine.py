@@ -25,8 +25,9 @@ from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
+from speculens.ops import send
 from speculens.plan import NO_DRAFT, ROOMY, Pinned, Plan, Planner, ladder
-from speculens.sampling import Laws, Needs, Sampling, choose, correct, likelihoods
+from speculens.sampling import Needs, Sampling, choose, correct, likelihoods
 from speculens.slot import Generation, Slot, Step
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
@@ -206,16 +207,15 @@ class Engine:
         progress   called after each graph with how many are done, and how many there are
         """
         self._check_idle()
-        if not self._recorder.on:
+        if not (self._recorded or self._recorder.on):
             return
         self._target.rehearse()
-        recordings: list[Callable[[], bool]] = [
-            partial(self._recorder.ready, bucket) for bucket in self._buckets(samplings)
-        ]
+        # Prompts also where steps are not recorded: engines of one target should round alike.
+        buckets = self._buckets(samplings) if self._recorder.on else []
+        recordings: list[Callable[[], bool]] = [partial(self._recorder.ready, bucket) for bucket in buckets]
         recordings += self._target.recordings(self._recorder.place)
         for done, record in enumerate(recordings, 1):
-            if not record():
-                return
+            record()
             if progress:
                 progress(done, len(recordings))
 
@@ -264,17 +264,21 @@ class Engine:
         return Step(slot, [], "", 0, None)
 
     def _begin(self, slot: Slot, logits: Tensor, features: Features) -> Step:
-        """Let a prompt that the target has taken in run: its first token."""
+        """Let a prompt that the target has taken in run: its first token.
+
+        Nothing waits for the device before that token is read, so the drafter's launches hide behind the target's pass.
+        """
         row = len(self._running)
         try:
-            first, logits = self._first(slot, logits, features.tokens[:, -1].to(logits.device))
+            self._loop.front.prepare(row, slot.sampling)
+            first, logits = self._first(slot, logits, row, send(features.tokens[:, -1], logits.device))
             slot.stats.add_prompt(len(slot.prompt), int(slot.prompt.image.sum()))
             if begun := self._drafter.begin(features, first):
                 slot.stats.add_view(begun.rows, begun.notes)
         except BaseException:
             self._target.free(row)
             raise
-        self._loop.front.admit(row, first, slot.sampling)
+        self._loop.front.admit(row, first)
         self._running.append(slot)
         emitted, text = slot.emit(first.tolist(), self.target.eos_token_ids)
         self._leave()
@@ -350,12 +354,12 @@ class Engine:
             "torch": torch.__version__,
         }
 
-    def _first(self, slot: Slot, logits: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    def _first(self, slot: Slot, logits: Tensor, row: int, root: Tensor) -> tuple[Tensor, Tensor]:
         """The token (1,) after the prompt, whose last is `root` (1,), and the corrected logits it is chosen from."""
-        tree, sampling = DraftTree.root(root), slot.sampling
+        tree = DraftTree.root(root)
         if corrected := self._correction([slot]):
             logits = corrected(logits, tree)
-        laws, needs = Laws.of([sampling], root.device), Needs.of([sampling])
+        laws, needs = self._loop.front.laws.rows(slice(row, row + 1)), Needs.of([slot.sampling])
         return choose(logits, tree, laws, needs, torch.zeros_like(root))[0], logits
 
     def _correction(self, slots: Sequence[Slot]) -> Corrected | None:

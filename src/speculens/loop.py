@@ -79,12 +79,15 @@ class Front:
         zeros = torch.zeros(slots, dtype=torch.long, device=device)
         return Front(zeros, zeros.clone(), zeros.bool(), Laws.of([Sampling()] * slots, device))
 
-    def admit(self, row: int, first: Tensor, sampling: Sampling) -> None:
-        """A row begins to run: its first token (1,) is chosen already."""
+    def prepare(self, row: int, sampling: Sampling) -> None:
+        """How the tokens of a row are chosen that is about to run."""
+        self.laws.put(row, sampling)
+
+    def admit(self, row: int, first: Tensor) -> None:
+        """A prepared row begins to run: its first token (1,) is chosen already."""
         self.roots[row : row + 1] = first
         self.position[row] = 1
         self.live[row] = True
-        self.laws.put(row, sampling)
 
     def free(self, row: int, last: int) -> None:
         """A row ends; the last running one takes its place."""
