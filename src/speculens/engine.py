@@ -199,9 +199,9 @@ class Engine:
         return steps
 
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
-        """Record every graph that requests of such settings will need; nothing where steps are not recorded.
+        """Record every graph that requests of such settings will need; nothing on a CPU, `timed` or with `capture` off.
 
-        Passes over short prompts are recorded here and nowhere else.
+        Passes over short prompts are recorded here and nowhere else, also beside a drafter whose steps cannot be.
 
         samplings  settings by kind: greedy, with or without each filter; a batch may hold one kind or all of them
         progress   called after each graph with how many are done, and how many there are
