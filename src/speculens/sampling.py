@@ -174,9 +174,9 @@ class Laws:
         )
 
     def put(self, row: int, sampling: Sampling) -> None:
-        """Write one row, in place."""
+        """Write one row, in place. Nothing waits for the device, as it would if a number were assigned."""
         for part, number in zip(self.parts, _numbers(sampling), strict=True):
-            part[row] = number
+            part[row].fill_(number)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
