@@ -207,7 +207,8 @@ class SlotCache:
     def _open(self) -> int:
         if self.running + self._filling == self.slots:
             raise RuntimeError(f"all {self.slots} slots are running")
-        self.lengths[self.running] = self.extents[self.running] = 0
+        self.lengths[self.running].zero_()
+        self.extents[self.running] = 0
         return self.running
 
     def _move(self, source: int, target: int) -> None:
