@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +30,7 @@ from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode, image_token_id
 from speculens.targets.prompt_graphs import PromptGraphs
 from speculens.targets.segments import foresees
+from speculens.targets.tower_graphs import TowerGraphs, towers_of
 from speculens.tree import DraftTree
 
 
@@ -71,6 +73,7 @@ class Target:
         self._softcap_applies: bool | None = None
         self._fused: FusedDecoder | None = None
         self._fusible = True
+        self._towers: list[TowerGraphs] = []
 
     # What the model is
 
@@ -224,7 +227,10 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with for_any_shape(self.device):  # pictures come in many sizes, and towers use torch's attention
+            with ExitStack() as blocks:
+                blocks.enter_context(for_any_shape(self.device))  # pictures have many, and towers use torch's attention
+                for tower in self._towers:
+                    blocks.enter_context(tower.in_place())
                 self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
@@ -233,6 +239,12 @@ class Target:
         if "inputs_embeds" not in caught:
             raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
         return caught
+
+    def record_towers(self) -> None:
+        """From now on record passes over pictures whose sizes come again (`tower_graphs.py`), where they can be."""
+        if not self._towers and self.can_be_captured:
+            towers = [TowerGraphs(tower, self.device) for tower in towers_of(self.model)]
+            self._towers = [tower for tower in towers if tower.recorder.on]
 
     def fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of the model's forward on its device, pictures in its dtype."""
@@ -391,6 +403,7 @@ class TargetSession:
 
         place  of the graphs of the steps, which run in turn with these
         """
+        self.target.record_towers()
         if self._graphs is None and self._fused:
             self._graphs = PromptGraphs(self._fused, self.cache, self.target.embedding.weight, place)
         if self._graphs is None or not self._graphs.recorder.on:
