@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import itertools
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 import torch
@@ -17,12 +19,17 @@ import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling, UserError
 from speculens.cli.serve import speculation
 from speculens.server import images
-from speculens.server.images import fetch, is_public, public_address
+from speculens.server.images import is_public, public_address
 from speculens.server.reply import StopCut
 from speculens.server.settings import Limits
 from speculens.targets import Target
 
+CHECKED = ssl.create_default_context
 REMOTE = Limits(remote_images=True, image_bytes=1000, image_seconds=1.0)
+
+
+def fetch(url):
+    return images.fetch(url, REMOTE, time.monotonic() + REMOTE.image_seconds)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +53,7 @@ def test_a_public_address_is_known(address):
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "[::1]", "0"])
 def test_other_spellings_of_this_machine_are_refused(host):
     with pytest.raises(UserError, match=r"not a public address|not known|not a plain"):
-        fetch(f"http://{host}/a.png", REMOTE)
+        fetch(f"http://{host}/a.png")
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch):
@@ -62,7 +69,7 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch):
 )
 def test_an_address_that_is_not_plain_is_refused(url):
     with pytest.raises(UserError, match="not a plain"):
-        fetch(url, REMOTE)
+        fetch(url)
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -71,38 +78,60 @@ class Site(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path[4:])
             self.end_headers()
-        elif self.path == "/slow":
-            for _ in range(100):
-                self.wfile.write(b"H")
-                self.server.stopped.wait(0.1)
+        elif self.path.startswith("/slow"):
+            self.trickle({"/slow/head": b"", "/slow/body": b"\r\n", "/slow/counted": b"Content-Length: 100\r\n\r\n"})
+        elif self.path == "/short":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nx")
         else:
             self.send_response(404 if self.path == "/none" else 200)
             self.end_headers()
             self.wfile.write(b"x" * (2000 if self.path == "/large" else 10))
 
+    def trickle(self, heads):
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + heads[self.path])
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.server.stopped.wait(0.1)
+            self.server.ended.append(self.path)
+
     def log_message(self, form, *arguments):  # noqa: ANN002 - as its base has it
         pass
 
 
-@pytest.fixture
-def site(monkeypatch):
+def anonymous(protocol):
+    """TLS without certificates: its two ends need no file."""
+    context = ssl.SSLContext(protocol)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("AECDH:@SECLEVEL=0")
+    return context
+
+
+@pytest.fixture(params=["http", "https"])
+def site(request, monkeypatch):
     """A web server of this machine, which the look-up takes for a public one under the name `open.example` alone."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    server.stopped = threading.Event()
+    server.stopped, server.ended = threading.Event(), []  # `ended`: pages that somebody waited ten seconds for
+    if request.param == "https":
+        server.socket = anonymous(ssl.PROTOCOL_TLS_SERVER).wrap_socket(server.socket, server_side=True)
+        monkeypatch.setattr(ssl, "create_default_context", lambda: anonymous(ssl.PROTOCOL_TLS_CLIENT))
     threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     real = images.public_address
     monkeypatch.setattr(
         images, "public_address", lambda host, port: "127.0.0.1" if host == "open.example" else real(host, port)
     )
-    yield f"http://open.example:{server.server_port}"
+    yield f"{request.param}://open.example:{server.server_port}"
+    waited_for = list(server.ended)
     server.stopped.set()
     server.shutdown()
     server.server_close()
+    assert waited_for == []
 
 
 def test_a_picture_comes_from_the_address_that_was_checked(site):
-    assert fetch(f"{site}/a.png", REMOTE) == b"x" * 10
-    assert fetch(f"{site}/to/{site}/a.png", REMOTE) == b"x" * 10
+    assert fetch(f"{site}/a.png") == b"x" * 10
+    assert fetch(f"{site}/to/{site}/a.png") == b"x" * 10
 
 
 @pytest.mark.parametrize(
@@ -110,7 +139,10 @@ def test_a_picture_comes_from_the_address_that_was_checked(site):
     [
         ("/none", "answered 404"),
         ("/large", "larger than 1,000"),
-        ("/slow", "within 1 seconds"),
+        ("/slow/head", "within 1 seconds"),
+        ("/slow/body", "within 1 seconds"),
+        ("/slow/counted", "within 1 seconds"),
+        ("/short", "could not be fetched"),
         ("/to/http://127.0.0.1/", "not a public address"),
         ("/to/file:///etc/passwd", "not a plain"),
         ("/to/http://[::ffff:127.0.0.1]/", "not a public address"),
@@ -118,19 +150,27 @@ def test_a_picture_comes_from_the_address_that_was_checked(site):
 )
 def test_a_picture_that_cannot_be_had_says_why(site, path, reason):
     with pytest.raises(UserError, match=reason):
-        fetch(site + path, REMOTE)
+        fetch(site + path)
 
 
 def test_redirects_are_counted(site, monkeypatch):
     monkeypatch.setattr(images, "urljoin", lambda url, _: url)
     with pytest.raises(UserError, match="3 redirects"):
-        fetch(f"{site}/to/x", REMOTE)
+        fetch(f"{site}/to/x")
 
 
-def test_certificates_are_checked(site):
-    assert ssl.create_default_context().check_hostname
-    with pytest.raises(UserError, match=r"could not be fetched|did not arrive"):
-        fetch(site.replace("http:", "https:"), REMOTE)
+@pytest.mark.parametrize("site", ["https"], indirect=True)
+def test_certificates_are_checked(site, monkeypatch):
+    assert CHECKED().check_hostname
+    monkeypatch.setattr(ssl, "create_default_context", CHECKED)
+    with pytest.raises(UserError, match="could not be fetched"):
+        fetch(site)
+
+
+def test_who_waited_too_long_for_its_turn_is_not_even_looked_up(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    with pytest.raises(UserError, match="did not arrive within 1 seconds"):
+        images.fetch("http://open.example/", REMOTE, time.monotonic())
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())

@@ -142,7 +142,8 @@ class _Desk:
 
     async def _messages(self, body: ChatRequest) -> Messages:
         loop, limits = asyncio.get_running_loop(), self._settings.limits
-        fetched = (loop.run_in_executor(self._fetchers, fetch, url, limits) for url in body.urls())
+        deadline = time.monotonic() + limits.image_seconds
+        fetched = (loop.run_in_executor(self._fetchers, fetch, url, limits, deadline) for url in body.urls())
         try:
             pictures = iter(await asyncio.gather(*fetched))
         except UserError as error:
