@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import itertools
@@ -14,14 +15,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.responses import JSONResponse
 
 import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling, UserError
 from speculens.cli.serve import speculation
 from speculens.server import images
+from speculens.server.guard import Guard
 from speculens.server.images import is_public, public_address
 from speculens.server.reply import StopCut
-from speculens.server.settings import Limits
+from speculens.server.settings import Limits, Model, Settings
 from speculens.targets import Target
 
 CHECKED = ssl.create_default_context
@@ -171,6 +174,52 @@ def test_who_waited_too_long_for_its_turn_is_not_even_looked_up(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     with pytest.raises(UserError, match="did not arrive within 1 seconds"):
         images.fetch("http://open.example/", REMOTE, time.monotonic())
+
+
+def test_bodies_that_still_arrive_are_held_as_well():
+    """Fifty clients that send most of a body and then nothing: two of them fit, and only until they leave."""
+
+    async def answered_by(scope, receive, send):
+        await JSONResponse({})(scope, receive, send)
+
+    limits, statuses, stalled = Limits(body_bytes=100, bodies=2), [], []
+    settings = Settings(Model("x"), limits, "x", host="open.example")
+    guard = Guard(answered_by, settings, lambda _, status: statuses.append(status))
+
+    async def upload(sizes, end):
+        pieces = [{"type": "http.request", "body": b"x" * size, "more_body": True} for size in sizes]
+
+        async def receive():
+            return pieces.pop(0) if pieces else await end()
+
+        async def send(_):
+            pass
+
+        await guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+
+    async def meet():
+        gone = asyncio.Event()
+
+        async def left():
+            stalled.append(1)
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def over():
+            return {"type": "http.request", "body": b"x" * 10}
+
+        crowd = [asyncio.create_task(upload([49, 50], left)) for _ in range(50)]
+        while len(stalled) + len(statuses) < 50:
+            await asyncio.sleep(0)
+        assert len(stalled) == 2
+        gone.set()
+        await asyncio.wait(crowd)
+        assert statuses == [429] * 48 + [499] * 2
+        for size in (90, 91, 90):
+            await upload([size], over)
+        assert statuses[50:] == [200, 413, 200]
+
+    asyncio.run(meet())
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())

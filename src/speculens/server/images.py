@@ -90,7 +90,7 @@ def _download(url: str, limits: Limits, deadline: float) -> bytes:
                 data = answer.read(limits.image_bytes + 1)
                 # Reading so many bytes raises nothing when the answer breaks off, or is cut, before its end.
                 if len(data) <= limits.image_bytes and (answer.length or time.monotonic() >= deadline):
-                    raise http.client.IncompleteRead(data, answer.length)  # noqa: TRY301 - as a chunked answer does
+                    raise http.client.IncompleteRead(data, answer.length)
         except (OSError, ValueError, http.client.HTTPException) as error:
             late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
             why = f"did not arrive within {limits.image_seconds:g} seconds" if late else "could not be fetched"
