@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 import tiny
@@ -25,6 +28,7 @@ from speculens.server import images
 from speculens.server.guard import Guard
 from speculens.server.images import is_public, public_address
 from speculens.server.reply import StopCut
+from speculens.server.schema import ChatRequest
 from speculens.server.settings import Limits, Model, Settings
 from speculens.targets import Target
 
@@ -220,6 +224,52 @@ def test_bodies_that_still_arrive_are_held_as_well():
     asyncio.run(meet())
 
 
+def asked(message=(), **fields):  # noqa: ANN003 - fields of a request
+    """A request that continues an answer of a client's library."""
+    turns = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes.", **dict(message)}]
+    return ChatRequest(model="x", messages=turns, **fields)
+
+
+def test_what_libraries_send_without_a_meaning_is_taken():
+    empty = ChatCompletionMessage(role="assistant", content="Yes.").model_dump()
+    assert set(empty) == {"role", "content", "refusal", "annotations", "audio", "function_call", "tool_calls"}
+    assert asked(empty).turns(bytes)[1] == ("assistant", ("Yes.",))
+    for name in set(CompletionCreateParamsBase.__annotations__) - {"model", "messages"}:
+        asked(**{name: None})
+    for name, value in NEUTRAL.items():
+        asked(**{name: value})
+
+
+NEUTRAL = {"function_call": "none", "min_tokens": 0, "reasoning_effort": "none", "verbosity": "medium"}
+MEANT = {
+    "function_call": {"name": "f"}, "min_tokens": 3, "reasoning_effort": "low", "verbosity": "high",
+    "prediction": {"type": "content", "content": "x"}, "web_search_options": {}, "audio": {"voice": "x"},
+    "moderation": {"model": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_would_change_the_answer_is_refused_by_name(name):
+    with pytest.raises(ValidationError, match=rf"{name}\n.*does not support it"):
+        asked(**{name: MEANT[name]})
+
+
+@pytest.mark.parametrize("name", ["annotations", "audio", "function_call", "tool_calls"])
+def test_an_answer_with_calls_or_sound_in_it_cannot_be_continued(name):
+    with pytest.raises(ValidationError, match=name):
+        asked({name: [{"type": "x"}]})
+
+
+def test_what_load_generators_send_reaches_the_sampling():
+    told = asked(ignore_eos=True, no_repeat_ngram_size=3).sampling()
+    assert (told["ignore_eos"], told["no_repeat_ngram_size"]) == (True, 3)
+    plain = Sampling(**asked(temperature=0, seed=0).sampling())
+    assert plain == Sampling()
+    for size in (-1, 65):
+        with pytest.raises(ValidationError, match="no_repeat_ngram_size"):
+            asked(no_repeat_ngram_size=size)
+
+
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_a_stop_string_never_shows_however_the_text_arrives(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
@@ -246,7 +296,13 @@ def test_vllms_draft_options_count_the_root(config, named):
     assert speculation(config, None) == named
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"draft": 1}', '{"method": "eagle"}', '{"num_speculative_tokens": 0}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{", "[]", '{"draft": 1}', '{"method": "eagle"}', '{"num_speculative_tokens": 0}',
+        '{"method": "ngram", "num_speculative_tokens": true}',
+    ],
+)  # fmt: skip
 def test_broken_draft_options_are_refused(config):
     with pytest.raises(UserError):
         speculation(config, None)
