@@ -24,12 +24,14 @@ from starlette.responses import JSONResponse
 import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling, UserError
 from speculens.cli.serve import speculation
-from speculens.server import images
+from speculens.server import app, images
 from speculens.server.guard import Guard
 from speculens.server.images import is_public, public_address
+from speculens.server.metrics import Metrics
 from speculens.server.reply import StopCut
 from speculens.server.schema import ChatRequest
 from speculens.server.settings import Limits, Model, Settings
+from speculens.server.supervisor import Supervisor
 from speculens.targets import Target
 
 CHECKED = ssl.create_default_context
@@ -179,6 +181,26 @@ def test_who_waited_too_long_for_its_turn_is_not_even_looked_up(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     with pytest.raises(UserError, match="did not arrive within 1 seconds"):
         images.fetch("http://open.example/", REMOTE, time.monotonic())
+
+
+def test_slow_sites_hold_up_no_picture_that_came_along_and_share_one_deadline(monkeypatch):
+    came, deadlines = threading.Event(), set()
+
+    def fetch(url, _, deadline):
+        deadlines.add(deadline)
+        if url.startswith("data:"):
+            came.set()
+        return b"x" if came.wait(30) else b""
+
+    monkeypatch.setattr(app, "fetch", fetch)
+    desk = app._Desk(Settings(Model("x"), REMOTE, "x"), Supervisor(Model("x"), REMOTE), Metrics())
+    urls = [f"http://open.example/{number}" for number in range(app.FETCHERS + 1)] + ["data:,x"]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    body = ChatRequest(model="x", messages=[{"role": "user", "content": pictures}])
+    ((_, content),) = asyncio.run(desk._messages(body))
+    assert content == (b"x",) * len(urls)
+    assert len(deadlines) == 1
+    desk._fetchers.shutdown()
 
 
 def test_bodies_that_still_arrive_are_held_as_well():

@@ -1,6 +1,7 @@
 """The one error that is meant for the user's eyes, and what to quote in it of others."""
 
-SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in the words of torch's allocators
+# In the words of torch's allocators and cuBLAS.
+SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 class UserError(Exception):

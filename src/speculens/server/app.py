@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
 from speculens.server.guard import Gone, Guard
-from speculens.server.images import fetch
+from speculens.server.images import fetch, is_remote
 from speculens.server.metrics import Metrics
 from speculens.server.reply import Reply
 from speculens.server.schema import ChatRequest, ErrorBody
@@ -29,7 +29,7 @@ from speculens.server.wire import Ask, Messages, Piece
 
 T = TypeVar("T")
 
-FETCHERS = 16  # pictures that are fetched at a time
+FETCHERS = 16  # pictures of other sites that are fetched at a time
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 408, 413, 429, 503)
@@ -155,7 +155,10 @@ class _Desk:
     async def _messages(self, body: ChatRequest) -> Messages:
         loop, limits = asyncio.get_running_loop(), self._settings.limits
         deadline = time.monotonic() + limits.image_seconds
-        fetched = (loop.run_in_executor(self._fetchers, fetch, url, limits, deadline) for url in body.urls())
+        fetched = (  # slow sites hold up no picture that came along
+            loop.run_in_executor(self._fetchers if is_remote(url) else None, fetch, url, limits, deadline)
+            for url in body.urls()
+        )
         try:
             pictures = iter(await asyncio.gather(*fetched))
         except UserError as error:

@@ -34,7 +34,7 @@ def fetch(url: str, limits: Limits, deadline: float) -> bytes:
         if len(url) > limits.image_bytes * 3:  # as long as every byte is written %41
             raise UserError(f"A picture is larger than {limits.image_bytes:,} bytes.")
         data = decode_data_uri(url)
-    elif url[:8].lower().startswith(("http://", "https://")):
+    elif is_remote(url):
         if not limits.remote_images:
             raise UserError(
                 "This server fetches no pictures: send them as data URIs, or start it with --allow-remote-images."
@@ -47,6 +47,11 @@ def fetch(url: str, limits: Limits, deadline: float) -> bytes:
     if len(data) > limits.image_bytes:
         raise UserError(f"A picture is larger than {limits.image_bytes:,} bytes.")
     return data
+
+
+def is_remote(url: str) -> bool:
+    """Whether somebody else has to answer for the picture."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def public_address(host: str, port: int) -> str:
