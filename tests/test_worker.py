@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,8 +130,12 @@ def test_who_leaves_while_waiting_is_forgotten_and_disturbs_nobody(client, engin
 
 @pytest.mark.parametrize(
     ("error", "status", "told"),
-    [(ValueError("secret"), 500, "failed"), (torch.OutOfMemoryError("secret"), 503, "memory")],
-    ids=["fault", "memory"],
+    [
+        (ValueError("secret"), 500, "failed"),
+        (torch.OutOfMemoryError("secret"), 503, "memory"),
+        (RuntimeError("can't allocate memory: secret"), 503, "memory"),
+    ],
+    ids=["fault", "GPU memory", "memory"],
 )
 @pytest.mark.parametrize("before", [0, 1], ids=["alone", "beside one"])
 def test_a_prompt_that_fails_is_refused_once_and_hurts_no_other(
@@ -204,6 +209,27 @@ def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
     worker.main(there, Model(str(tmp_path)), Limits())
     (broken,) = here.recv()
     assert broken.reason.startswith("There is no model at")
+
+
+LARGE = {
+    "load_target": "the weights of x: give --dtype bfloat16",
+    "Engine": "2 slots of 200 rows (0.00 GiB of keys and values): lower --max-num-seqs or --max-model-len",
+    "warm_up": "2 slots of 200 rows (0.00 GiB of keys and values): lower --max-num-seqs or --max-model-len",
+}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError("[..] can't allocate memory: ..")])
+@pytest.mark.parametrize(("place", "told"), LARGE.items(), ids=LARGE)
+def test_a_start_without_enough_memory_names_the_knobs(monkeypatch, place, told, error):
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "load_target", lambda *_, **__: oracle.target("llava"))
+    monkeypatch.setattr(worker, place, Mock(side_effect=error))
+    for baseline in (True, False):
+        here, there = Pipe()
+        worker.main(there, Model("x", slots=2, length=200, baseline=baseline), Limits())
+        (broken,) = here.recv()
+        assert told in broken.reason
+        assert ("--no-baseline" in broken.reason) is (baseline and place != "load_target")
 
 
 @pytest.mark.parametrize("capture", ["auto", "off"])
