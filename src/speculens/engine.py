@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
-        self.capacity = _room(capacity, target.context)
+        self.capacity = slot_rows(capacity, target.context)
         self._recorded = capture == "auto" and not timed and target.device.type == "cuda"
         self._plan = self._planned(shape)
         largest = self._plan.shapes[-1]
@@ -413,7 +413,8 @@ class Engine:
             slot.stats.add_seconds(part, share)
 
 
-def _room(asked: int | None, context: int) -> int:
+def slot_rows(asked: int | None, context: int) -> int:
+    """Rows of a slot for a model of such a context; by default no more than 4,096. Raises UserError beyond it."""
     if asked is None:
         return min(context, 4096)
     if not 0 < asked <= context:

@@ -33,7 +33,7 @@ STATEFUL_PROCESSORS = frozenset({
 })  # fmt: skip
 
 
-COLDEST = 1e-5  # logits divided by less would overflow, and their choice is the argmax by then
+COLDEST = 1e-5  # divided by less, logits would overflow; vLLM draws the same line
 TOP_K_ROOMS = (64, 1024, 1 << 31)  # few, for each makes a step of its own kind, which is recorded apart
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-GREEDY = 1e-5  # below this temperature, division would overflow; vLLM draws the same line
 NGRAM = 64  # tokens of no_repeat_ngram_size: each node's past is compared in windows of so many at once
 
 
@@ -174,9 +173,8 @@ class ChatRequest(Part):
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling`, without `max_new_tokens`. A request without a seed gets one by chance."""
-        temperature = 1.0 if self.temperature is None else self.temperature
         return {
-            "temperature": 0.0 if temperature < GREEDY else temperature,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(self.top_k or 0, 0),
             "min_p": self.min_p or 0.0,

@@ -27,7 +27,7 @@ from speculens.checkpoints import load_drafter
 from speculens.conversation import Conversation
 from speculens.conversation import Message as Turn
 from speculens.drafters.base import reshaped
-from speculens.engine import Engine
+from speculens.engine import Engine, slot_rows
 from speculens.errors import UserError, lacks_memory
 from speculens.pictures import load_image
 from speculens.sampling import Logprob, Sampling
@@ -41,7 +41,6 @@ from speculens.tree import DraftTree
 
 log = logging.getLogger(__name__)
 
-ROWS = 4096  # of a slot, if nobody says how many, for models that can look at so many
 READERS = 2  # threads that decode pictures
 LOWEST = -9999.0  # for minus infinity, which JSON lacks; OpenAI's number
 SEEDS = 1 << 64
@@ -77,7 +76,7 @@ def load(model: Model) -> tuple[Engine, Engine | None]:
             model.target, dtype=model.dtype, device=model.device, device_map=model.device_map, revision=model.revision
         )
         drafter = load_drafter(model.drafter, dtype=target.dtype, device=target.device, target=target)
-    rows, chunk = model.length or min(target.context, ROWS), model.prefill_chunk
+    rows, chunk = slot_rows(model.length, target.context), model.prefill_chunk
     with _memory_for(*_slots(model, target, rows)):
         engine = Engine(
             target,
