@@ -34,6 +34,7 @@ from speculens.sampling import Sampling, gumbel
 from speculens.slot import Step
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target
+from speculens.text import spell
 from speculens.tree import DraftTree, TreeShape
 
 WARM = 3  # cases that are answered before the clock starts
@@ -305,32 +306,20 @@ def walk(engine: Engine, prompt: Prompt, sampling: Sampling) -> list[dict[str, A
     nodes    of the tree, as text, root first; `parents` their parents
     path     nodes that were kept, from the root down
     """
-    spell = partial(_spell, engine.target.tokenizer)
+    texts = partial(_spelt, engine.target.tokenizer)
     return [
-        {"tokens": [spell(token) for token in step.tokens], "accepted": step.accepted, **_tree(step, spell)}
+        {"tokens": texts(step.tokens), "accepted": step.accepted, **_tree(step, texts)}
         for step in islice(engine.stream(prompt, sampling), WALK)
     ]
 
 
-def _spell(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.decode([token]))
+def _spelt(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    return [spell(tokenizer, token)[0] for token in tokens]
 
 
-def _tree(step: Step, spell: Callable[[int], str]) -> dict[str, Any]:
-    if step.tree is None:
-        return {"nodes": [], "parents": [], "path": []}
-    tokens, parents, live = (part[0].tolist() for part in (step.tree.tokens, step.tree.parents, step.tree.live))
-    path = [0]
-    for wanted in step.tokens[: step.accepted]:
-        children = (node for node in range(1, len(tokens)) if live[node] and parents[node] == path[-1])
-        path.append(next(node for node in children if tokens[node] == wanted))
-    real = [node for node in range(len(tokens)) if live[node]]
-    place = {node: number for number, node in enumerate(real)}  # padding is left out
-    return {
-        "nodes": [spell(tokens[node]) for node in real],
-        "parents": [place[parents[node]] for node in real],
-        "path": [place[node] for node in path],
-    }
+def _tree(step: Step, texts: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+    tokens, parents, path = step.tree.outline(step.tokens[: step.accepted]) if step.tree else ([], [], [])
+    return {"nodes": texts(tokens), "parents": parents, "path": path}
 
 
 def _costs(answers: Sequence[Answer], vision: float) -> dict[str, Any]:
