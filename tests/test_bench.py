@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from speculens.bench.record import NONE, Record, RunFolder, read_records
 from speculens.checkpoints import save_drafter
 from speculens.data.respond import Asking
 from speculens.drafters import LookupDrafter
-from speculens.slot import Generation
+from speculens.slot import Generation, Step
 from speculens.stats import Stats
 from speculens.targets import Target
+from speculens.text import spell
+from speculens.tree import DraftTree
 
 TOKENS = 6
 
@@ -327,7 +330,7 @@ def test_a_walk_tells_the_trees_and_the_way_through_them(target, drafters, name)
     sampling = Sampling(max_new_tokens=TOKENS)
     steps = walk(Engine(target, drafters[name], capacity=128), prompt, sampling)
     said = Engine(target, capacity=128).generate(prompt, sampling)
-    spelt = [target.tokenizer.decode([token]) for token in said.tokens]
+    spelt = [spell(target.tokenizer, token)[0] for token in said.tokens]
     assert [token for step in steps for token in step["tokens"]] == spelt
     root = steps[0]["tokens"][-1]
     for step in steps[1:]:
@@ -337,6 +340,21 @@ def test_a_walk_tells_the_trees_and_the_way_through_them(target, drafters, name)
             step["parents"][below] == above for above, below in zip(step["path"], step["path"][1:], strict=False)
         )
         root = step["tokens"][-1]
+
+
+def test_a_walk_spells_tokens_with_their_spaces():
+    words = tiny.pieces(leading_space=True)
+    *_, letter, world = words.encode("a world", add_special_tokens=False)
+    step = Step(None, [world, letter], "", 1, DraftTree.chain(torch.tensor([[letter, world]])))
+    engine = SimpleNamespace(target=SimpleNamespace(tokenizer=words), stream=lambda *_: [step])
+    (told,) = walk(engine, None, None)
+    assert told == {
+        "tokens": [" world", "a"],
+        "accepted": 1,
+        "nodes": ["a", " world"],
+        "parents": [0, 0],
+        "path": [0, 1],
+    }
 
 
 # --- suites

@@ -3,34 +3,21 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 import tiny
+from speculens.answer import runs
+from speculens.sampling import Sampling
+from speculens.slot import Slot, Step
 from speculens.text import HALF, TextStream, spell
 
 WORDS = tiny.tokenizer("llava")
 IDS = st.lists(st.integers(0, len(WORDS) - 1), max_size=30)
 SNOWMAN = "A snowman ☃, a rocket 🚀 and a café."
 
-
-def pieces_of(*, leading_space: bool) -> PreTrainedTokenizerFast:
-    """Pieces with ▁ for the space, and bytes for what they lack; Llama's put a space in front, and take it away."""
-    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzüH!", HALF]
-    merges = [("▁", "w"), ("▁", "▁"), ("o", "r"), ("▁w", "or"), ("l", "d"), ("▁wor", "ld")]
-    names += ["".join(pair) for pair in merges]
-    vocabulary = {name: token for token, name in enumerate(names)}
-    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    spaces, text = normalizers.Replace(" ", "▁"), [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if leading_space else spaces
-    made.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)] if leading_space else text)
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
-
-
 TOKENIZERS = {
     "bytes": WORDS,
-    "pieces as of Llama": pieces_of(leading_space=True),
-    "pieces as of Gemma": pieces_of(leading_space=False),
+    "pieces as of Llama": tiny.pieces(leading_space=True),
+    "pieces as of Gemma": tiny.pieces(leading_space=False),
 }
 EVERY_KIND = pytest.mark.parametrize("words", TOKENIZERS.values(), ids=TOKENIZERS)
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
@@ -153,6 +140,23 @@ def test_a_stop_string_may_span_any_number_of_tokens(stop):
     else:
         assert stop in decode(tokens[:ended])
         assert stop not in decode(tokens[: ended - 1])
+
+
+@EVERY_KIND
+@given(text=SPOKEN, data=st.data())
+def test_steps_and_runs_hold_all_of_the_text_however_it_ends(words, text, data):
+    tokens = words.encode(f"a{text}☃", add_special_tokens=False)
+    longest = data.draw(st.integers(1, len(tokens)))
+    slot = Slot(None, Sampling(max_new_tokens=longest), TextStream(words))
+    told, seen, drafted = TextStream(words), [], ""
+    while slot.finish_reason is None:
+        count = data.draw(st.integers(1, 4))
+        emitted, said = slot.emit(tokens[len(slot.tokens) :][:count], {words.eos_token_id})
+        accepted = data.draw(st.integers(max(len(emitted) - 1, 0), len(emitted)))
+        seen.append((said, runs(told, Step(slot, emitted, said, accepted, None))))
+    assert slot.tokens == tokens[:longest]
+    assert slot.text == "".join(said for said, _ in seen) == finished(slot.tokens, words)
+    assert all(said == "".join(run.text for run in parts) for said, parts in seen)
 
 
 # --- a token alone
