@@ -525,6 +525,51 @@ def test_a_split_that_is_missing_is_named(science):
         suites.load_suite("scienceqa", [folder])
 
 
+PROBLEM = LAYOUTS["scienceqa"][0]["problems.json"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "sentence"),
+    [
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"rows": []}}, "TextVQA_0.5.1_val.json has no 'data'"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": [1]}, "TextVQA_0.5.1_val.json has no 'data'"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"data": 3}}, "TextVQA_0.5.1_val.json holds no list"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"data": ["row"]}}, "Row 1 of .*_val.json is no object"),
+        ("mm-vet", {"mm-vet.json": {"v1": [1]}}, "Row 1 of .*mm-vet.json is no object"),
+        ("mm-vet", {"mm-vet.json": {"v1": {"imagename": "a.png"}}}, "Row 1 of .*mm-vet.json has no 'capability'"),
+        ("mm-vet", {"mm-vet.json": {"v1": {"imagename": "a.png", "capability": 1}}}, "Row 1 .* of another kind"),
+        ("mme", {"llava_mme.jsonl": [[1, 2]]}, "Row 1 of .*llava_mme.jsonl is no object"),
+        ("coco", {"dataset_coco.json": {"images": [{"split": "test", "imgid": [1]}]}}, "Row 1 .* of another kind"),
+        (
+            "scienceqa",
+            {"problems.json": {"1": PROBLEM}, "pid_splits.json": {"test": ["1", "2"], "train": []}},
+            "problems.json has no '2'",
+        ),
+        (
+            "scienceqa",
+            {"problems.json": {"1": PROBLEM}, "pid_splits.json": {"test": {"1": 0}, "train": []}},
+            "pid_splits.json holds no list",
+        ),
+        *(
+            (
+                "scienceqa",
+                {
+                    "problems.json": {"1": {**PROBLEM, "answer": answer}},
+                    "pid_splits.json": {"test": ["1"], "train": ["1"]},
+                },
+                "Row 1 of .*problems.json has a field of another kind",
+            )
+            for answer in ("0", 10**7, 10**30)
+        ),
+    ],
+)
+def test_a_file_of_another_form_is_refused_in_a_sentence(name, files, sentence, tmp_path):
+    for file, content in files.items():
+        (tmp_path / file).write_text(lines(content) if file.endswith("jsonl") else json.dumps(content))
+    with pytest.raises(UserError, match=f"{sentence}.*, so it is not the file that {name} needs"):
+        suites.load_suite(name, [tmp_path])
+
+
 @pytest.fixture
 def science(tmp_path):
     """A folder of ScienceQA's layout, every third problem without a picture, and its splits."""
