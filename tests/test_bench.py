@@ -1,6 +1,7 @@
 """Measuring: what a run records, how it goes on after a kill, what its figures mean, and what it draws."""
 
 import builtins
+import importlib
 import json
 import random
 import re
@@ -17,9 +18,9 @@ import oracle
 import tiny
 from speculens import Conversation, Engine, Sampling, UserError, cli
 from speculens.answer import Answer, ask
-from speculens.bench import figures, measure, peers, report, suites, tables
+from speculens.bench import figures, measure, peers, plots, report, suites, tables
 from speculens.bench.measure import Bench, Contender, gap, walk
-from speculens.bench.record import NONE, Record, RunFolder, read_records
+from speculens.bench.record import NONE, Record, RunFolder, read_closer, read_records
 from speculens.checkpoints import save_drafter
 from speculens.data.respond import Asking
 from speculens.drafters import LookupDrafter
@@ -179,13 +180,8 @@ def test_the_best_of_the_two_choices_is_what_the_target_said(target, sampling, p
 
 
 def test_a_peer_that_fails_takes_nothing_from_the_others(target, questions, tmp_path):
-    calls = []
-
-    def fail(prompt, sampling):
-        calls.append(prompt)
-        if len(calls) > 1:  # the first is warm-up
-            raise UserError("It cannot.")
-        return ask(Engine(target, capacity=256), prompt, sampling)
+    def fail(*_: object):
+        raise UserError("It cannot.")
 
     cases = suites.load_suite("mmspec", [questions])[:1]
     bench = Bench(
@@ -218,6 +214,27 @@ def test_a_case_without_room_is_refused_with_both_numbers(target, questions, tmp
     bench = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=2), capacity=8)
     bench.run(begin(bench, tmp_path))
     assert re.search(r"q0 may need \d+ rows.* room for 8", bench.errors["q0"])
+
+
+def test_the_closer_look_is_at_so_many_cases_and_may_be_left_out(target, questions, tmp_path):
+    cases, costs = suites.load_suite("mmspec", [questions])[::2], {}
+    for closer in (0, 1):
+        asking = Asking(temperature=0, max_new_tokens=4)
+        bench = Bench(target, {"lookup": LookupDrafter()}, cases, asking, closer=closer)
+        folder = begin(bench, tmp_path / f"{closer}")
+        bench.run(folder)
+        assert folder.has("closer") == bool(closer)
+        summary = figures.conclude(folder)
+        costs[closer] = [about["all"].get("costs", {}).get("answers") for about in summary["drafters"].values()]
+    assert costs == {0: [None] * 2, 1: [1] * 2}
+    without, near = (report.read_run(tmp_path / f"{closer}") for closer in (0, 1))
+    assert {row[6] for row in tables.pass_rows(without.summary)} == {tables.UNKNOWN}
+    drawn = [[plot.name for plot in plots.plots(run.summary, run.records)] for run in (without, near)]
+    assert {*drawn[1]} - {*drawn[0]} == {"cost-split"}
+    pages = [report.render([run], [[]]) for run in (without, near)]
+    assert ["step by step" in page for page in pages] == [False, True]
+    bench.run(begin(bench, tmp_path / "0", resume=True))
+    assert read_closer(tmp_path / "0")["costs"]["lookup"]["answers"] == 1, "a run may have it later"
 
 
 # --- going on
@@ -670,10 +687,23 @@ def test_bench_writes_a_run_and_says_exactness_first(measured, capsys):
 def test_where_nothing_can_be_measured_there_is_a_sentence(measured, tmp_path, capsys):
     _, words = measured
     (tmp_path / "mmspec.jsonl").write_text('{"id": "lost", "image": "lost.png", "turns": ["?"]}\n')
-    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--closer", "0"]
     del words[words.index("--data") : words.index("--data") + 2]
+    sentence = f"speculens: Nothing could be measured in {tmp_path / 'run'}: Row 'lost': "
+    for again in (words, ["report", str(tmp_path / "run")]):
+        assert cli.main(again) == 2
+        assert " ".join(capsys.readouterr().err.split()).startswith(sentence)
+    assert not (tmp_path / "run" / "closer.json").exists()
+
+
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(measured, tmp_path, monkeypatch, capsys):
+    _, words = measured
+    monkeypatch.setattr(importlib.import_module("speculens.cli.bench"), "load", None)
     assert cli.main(words) == 2
-    assert capsys.readouterr().err.startswith("speculens: Nothing could be measured: Row 'lost': ")
+    assert "holds a run already" in capsys.readouterr().err
+    (tmp_path / "precious.txt").touch()
+    assert cli.main([*words, "--out", str(tmp_path)]) == 2
+    assert "holds something else than a run" in capsys.readouterr().err
 
 
 def test_a_report_needs_nothing_else(measured, capsys):
@@ -712,7 +742,7 @@ def test_without_matplotlib_or_a_run_there_is_a_sentence(measured, monkeypatch, 
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["report", str(shelf / "run")]) == 2
-    assert "pip install 'speculens[plot]'" in capsys.readouterr().err
+    assert "Plots need matplotlib: install speculens with its extra plot" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no finished run: summary.json is missing" in capsys.readouterr().err
 

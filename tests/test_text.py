@@ -148,7 +148,7 @@ def test_steps_and_runs_hold_all_of_the_text_however_it_ends(words, text, data):
     tokens = words.encode(f"a{text}☃", add_special_tokens=False)
     longest = data.draw(st.integers(1, len(tokens)))
     slot = Slot(None, Sampling(max_new_tokens=longest), TextStream(words))
-    told, seen, drafted = TextStream(words), [], ""
+    told, seen = TextStream(words), []
     while slot.finish_reason is None:
         count = data.draw(st.integers(1, 4))
         emitted, said = slot.emit(tokens[len(slot.tokens) :][:count], {words.eos_token_id})

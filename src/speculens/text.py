@@ -63,7 +63,7 @@ def _bytes(piece: str, text: str) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """How byte-level vocabularies write a byte (GPT-2): as its character of Latin-1, or from U+0100 on if it shows none."""
+    """How byte-level vocabularies write a byte (GPT-2): as its Latin-1 character; from U+0100 on if it has none."""
     shown = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
