@@ -86,14 +86,14 @@ class Front:
     def admit(self, row: int, first: Tensor) -> None:
         """A prepared row begins to run: its first token (1,) is chosen already."""
         self.roots[row : row + 1] = first
-        self.position[row] = 1
-        self.live[row] = True
+        self.position[row].fill_(1)
+        self.live[row].fill_(True)
 
     def free(self, row: int, last: int) -> None:
         """A row ends; the last running one takes its place."""
         for part in (self.roots, self.position, self.live, *self.laws.parts):
             part[row] = part[last]
-        self.live[last] = False
+        self.live[last].fill_(False)
 
     def advance(self, tokens: Tensor, counts: Tensor) -> None:
         """The last accepted of tokens (B, P) is the next root; where counts (B,) is 0 nothing changes."""
@@ -131,7 +131,7 @@ class Backlog:
         """A row ends; the last running one takes its place."""
         for part in (self.hidden, self.tokens, self.counts):
             part[row] = part[last]
-        self.counts[last] = 0
+        self.counts[last].zero_()
 
 
 # clock(part) measures the block that it is entered for
@@ -204,7 +204,7 @@ class Loop:
     def _catch_up(self, rows: slice, horizon: int) -> None:
         backlog = self.backlog
         self._drafter.observe(backlog.hidden[rows], backlog.tokens[rows], backlog.counts[rows], horizon)
-        backlog.counts[rows] = 0
+        backlog.counts[rows].zero_()
 
 
 def _along(values: Tensor, path: Tensor) -> Tensor:

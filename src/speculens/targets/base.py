@@ -342,7 +342,7 @@ class TargetSession:
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
             positions = door.get("position_ids")
-            self._offsets[row] = 0 if positions is None else _turned(positions).amax() + 1 - rows
+            self._offsets[row].fill_(0 if positions is None else _turned(positions).amax() + 1 - rows)
         features = Features(
             tokens=prompt.ids[None],
             hidden=hidden.to(target.device),
