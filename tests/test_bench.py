@@ -702,8 +702,9 @@ def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(measured, tmp_
     assert cli.main(words) == 2
     assert "holds a run already" in capsys.readouterr().err
     (tmp_path / "precious.txt").touch()
-    assert cli.main([*words, "--out", str(tmp_path)]) == 2
-    assert "holds something else than a run" in capsys.readouterr().err
+    for place in (tmp_path, tmp_path / "precious.txt"):
+        assert cli.main([*words, "--out", str(place)]) == 2
+        assert "holds something else than a run" in capsys.readouterr().err
 
 
 def test_a_report_needs_nothing_else(measured, capsys):

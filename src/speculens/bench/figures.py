@@ -36,7 +36,7 @@ def conclude(folder: RunFolder, errors: Mapping[str, str] | None = None) -> dict
     return summary
 
 
-def check(summary: Mapping[str, Any], folder: Path) -> None:
+def check_measured(summary: Mapping[str, Any], folder: Path) -> None:
     """Raises UserError, with the first reason, if a run has no figures."""
     if not summary["questions"]:
         why = next(iter(summary["errors"].values()), "the suite is empty.")

@@ -121,12 +121,12 @@ class RunFolder:
 
 
 def holds_run(path: Path, *, resume: bool) -> bool:
-    """Whether a folder holds a run to be gone on with. Raises UserError if it holds anything and that is not meant."""
+    """Whether a folder holds a run, to be gone on with. Raises UserError if it holds anything that is not meant."""
     if (path / "setting.json").exists():
         if not resume:
             raise UserError(f"{path} holds a run already: go on with it by --resume, or choose another folder.")
         return True
-    if path.exists() and any(path.iterdir()):
+    if path.is_file() or (path.exists() and any(path.iterdir())):
         raise UserError(f"{path} holds something else than a run: choose another folder.")
     return False
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from speculens import html
 from speculens.bench import plots, tables
-from speculens.bench.figures import check
+from speculens.bench.figures import check_measured
 from speculens.bench.record import NONE, Record, read_closer, read_json, read_records
 
 COLUMN, ROW, MARGIN = 104, 22, 6  # pixels between levels and between leaves of a drawn tree
@@ -34,7 +34,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Raises UserError if the run is not finished, or nothing could be measured in it."""
     summary = read_json(folder / "summary.json")
-    check(summary, folder)
+    check_measured(summary, folder)
     return Run(folder.resolve().name, summary, read_records(folder), read_closer(folder)["walk"])
 
 

@@ -71,7 +71,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
 ) -> None:
     """Measure drafters beside `none` on a suite of questions, and whether their answers are the target's own."""
     from speculens.bench import peers
-    from speculens.bench.figures import check, conclude
+    from speculens.bench.figures import check_measured, conclude
     from speculens.bench.measure import Bench
     from speculens.bench.record import NONE, RunFolder, holds_run
     from speculens.bench.suites import load_suite
@@ -108,7 +108,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     with screen.progress("cases") as tell:
         measured.run(folder, lambda at: tell(at.done, at.total, _lengths(at.lengths)))
     summary = conclude(folder, measured.errors)
-    check(summary, out)
+    check_measured(summary, out)
     screen.measured(summary)
     screen.aside(f"Records and figures: {out}. A page of them: speculens report {out}")
     if json:
