@@ -153,7 +153,9 @@ def test_steps_and_runs_hold_all_of_the_text_however_it_ends(words, text, data):
         count = data.draw(st.integers(1, 4))
         emitted, said = slot.emit(tokens[len(slot.tokens) :][:count], {words.eos_token_id})
         accepted = data.draw(st.integers(max(len(emitted) - 1, 0), len(emitted)))
-        seen.append((said, runs(told, Step(slot, emitted, said, accepted, None))))
+        parts = runs(told, Step(slot, emitted, said, accepted, None))
+        assert accepted < len(emitted) or all(run.drafted for run in parts)
+        seen.append((said, parts))
     assert slot.tokens == tokens[:longest]
     assert slot.text == "".join(said for said, _ in seen) == finished(slot.tokens, words)
     assert all(said == "".join(run.text for run in parts) for said, parts in seen)
