@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speculens.drafters.base import DraftSession
+from speculens.ops import gather_rows
 from speculens.sampling import Laws, Needs, Sampling, choose
 from speculens.targets.base import TargetSession
 from speculens.tree import DraftTree, TreeShape, take_last
@@ -192,21 +193,16 @@ class Loop:
             tokens = want.gather(1, path)
             self._target.keep(path, counts)
         with clock("observe"):
-            along = _along(hidden, path)
+            along = gather_rows(hidden, path)
             if drafts:
                 self._drafter.observe(along, tokens, counts, bucket.horizon)
             else:
                 self.backlog.add(along, tokens, counts)
             front.advance(tokens, counts)
         table = torch.cat([counts[:, None], tokens], 1)
-        return Outcome(tree, table, _along(logits, path) if bucket.needs.logprobs else None)
+        return Outcome(tree, table, gather_rows(logits, path) if bucket.needs.logprobs else None)
 
     def _catch_up(self, rows: slice, horizon: int) -> None:
         backlog = self.backlog
         self._drafter.observe(backlog.hidden[rows], backlog.tokens[rows], backlog.counts[rows], horizon)
         backlog.counts[rows].zero_()
-
-
-def _along(values: Tensor, path: Tensor) -> Tensor:
-    """Values (B, N, W) of the nodes on a path (B, P): (B, P, W)."""
-    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))

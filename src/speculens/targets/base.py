@@ -49,10 +49,18 @@ class Prompt:
         return len(self.ids)
 
 
+# What layers of a target's decoder may be. Recurrent ones have no rows to keep or forget, others have another mask.
+LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
+
+
 class Target:
-    """A frozen model with its processor. Holds no state of any request: that lives in a `TargetSession`."""
+    """A frozen model with its processor. Holds no state of any request: that lives in a `TargetSession`.
+
+    Raises UserError if the model's text decoder is of a build that a draft tree cannot be checked by.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
+        _check_build(model)
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.decoder = model.get_decoder()
@@ -266,6 +274,23 @@ class Target:
         plain = self.head(hidden).float()
         capped = torch.tanh(plain / self._softcap) * self._softcap
         self._softcap_applies = bool((own - capped).abs().max() < (own - plain).abs().max())
+
+
+def _check_build(model: PreTrainedModel) -> None:
+    """Causal layers of attention, one list of them, and pictures among their rows."""
+    text = model.config.get_text_config()
+    wrong = ""
+    if foreign := sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES):
+        wrong = f"has layers of the kind {' and '.join(foreign)}"
+    elif getattr(text, "cross_attention_layers", None) or model.config.is_encoder_decoder:
+        wrong = "sees pictures by cross-attention"
+    elif not hasattr(model.get_decoder(), "layers"):
+        wrong = "is not one list of layers"
+    if wrong:
+        raise UserError(
+            f"A '{model.config.model_type}' model cannot be a target: its text decoder {wrong}, and draft trees are "
+            "checked by causal self-attention alone."
+        )
 
 
 class _StoppedError(Exception):
