@@ -13,12 +13,15 @@ import pytest
 import torch
 
 import oracle
+import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling
 from speculens.plan import Planner
+from speculens.sampling import Logprob
 from speculens.server import worker
 from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Cancel, Piece, Refusal
 from speculens.server.worker import Worker
+from speculens.tree import DraftTree
 
 CHUNK = 8
 SAMPLING = {"temperature": 1.0, "seed": 3}
@@ -179,6 +182,16 @@ def test_what_is_late_is_cut_where_it_runs_and_refused_where_it_waits(client):
     client.ask(4)
     client.until_ended(4)
     assert client.text(4) == own_text()
+
+
+def test_tokens_are_told_with_their_spaces_and_bytes():
+    words = tiny.pieces(leading_space=True)
+    tokens = words.encode("a world☃", add_special_tokens=False)
+    told = [worker._named(words, Logprob(token, -1.0, ((token, -1.0),))) for token in tokens]
+    assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == " a world☃"
+    assert all(entry["top_logprobs"] == [{key: entry[key] for key in entry if key != "top_logprobs"}] for entry in told)
+    drawn = worker.picture(words, DraftTree.chain(torch.tensor([tokens[1:4]])), tokens[2:3])
+    assert drawn == {"tokens": ["a", " world", "\ufffd"], "parents": [0, 0, 1], "accepted": [0, 1]}
 
 
 def test_a_worker_with_nothing_to_do_shows_that_it_lives(client):

@@ -27,7 +27,7 @@ from speculens.cli.options import (
     given,
 )
 from speculens.cli.output import print_json, versions
-from speculens.errors import UserError
+from speculens.errors import UserError, lacking
 
 
 class Trees(StrEnum):
@@ -93,7 +93,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     try:
         from speculens.server.run import serve as run
     except ImportError as error:
-        raise UserError(f"The server needs {error.name}: pip install 'speculens[serve]'.") from None
+        raise lacking("The server needs", error.name or "more", "serve") from None
     method, tokens = speculation(speculative_config, drafter)
     if num_draft_tokens is None:
         num_draft_tokens = tokens

@@ -36,7 +36,7 @@ from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal, Warming
 from speculens.slot import Slot, Step
 from speculens.targets import Prompt, Target, load_target
-from speculens.text import TextStream
+from speculens.text import TextStream, spell
 from speculens.tree import DraftTree
 
 log = logging.getLogger(__name__)
@@ -383,18 +383,8 @@ def picture(tokenizer: Any, tree: DraftTree, kept: list[int]) -> Mapping[str, An
 
     kept  the drafted tokens that were emitted
     """
-    tokens, parents, live = (part[0].tolist() for part in (tree.tokens, tree.parents, tree.live))
-    shown = [node for node in range(len(tokens)) if live[node] or node == 0]
-    place = {node: index for index, node in enumerate(shown)}
-    children = {(parents[node], tokens[node]): node for node in shown if node}
-    path = [0]
-    for token in kept:
-        path.append(children[path[-1], token])
-    return {
-        "tokens": [tokenizer.decode([tokens[node]]) for node in shown],
-        "parents": [place[parents[node]] for node in shown],
-        "accepted": [place[node] for node in path],
-    }
+    tokens, parents, path = tree.outline(kept)
+    return {"tokens": [spell(tokenizer, token)[0] for token in tokens], "parents": parents, "accepted": path}
 
 
 def _named(tokenizer: Any, entry: Logprob) -> dict[str, Any]:
@@ -404,5 +394,5 @@ def _named(tokenizer: Any, entry: Logprob) -> dict[str, Any]:
 
 
 def _priced(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token])
-    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
+    text, data = spell(tokenizer, token)
+    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(data)}
