@@ -90,12 +90,20 @@ class Encoder:
         self._ends = torch.tensor(sorted(target.eos_token_ids), dtype=torch.long)
         self._dialogue = target.processor.chat_template is not None
         self.dtype, self._max_length = target.dtype, max_length
-        self.about = {
-            "target": _full_name(target.model.name_or_path),
-            "dtype": str(self.dtype),
-            "max_length": max_length,
-        }
+        self._target = _full_name(target.model.name_or_path)
         self._pad = getattr(target.tokenizer, "pad_token_id", None) or 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All that a row depends on beside its conversation, in plain JSON types."""
+        return {
+            "target": self._target,
+            "revision": getattr(self._config, "_commit_hash", None),
+            "ends": self._ends.tolist(),
+            "dtype": str(self.dtype),
+            "max_length": self._max_length,
+            **processing.described(self._processor),
+        }
 
     def row(self, conversation: Conversation) -> Row:
         """Encode up to the last answer. Raises UserError for a row that cannot train."""
