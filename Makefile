@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@"$(BIN)/python" $(PIP_INSTALL) --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## describe a picture with and without a drafter, side by side, on the CPU
+demo: $(VENV)/.installed ## describe pictures with and without a drafter, on the CPU, and write a page
 	@"$(BIN)/speculens" demo
 
 test: $(VENV)/.installed ## run the tests

@@ -69,7 +69,7 @@ NONE = "none"
 TEMPERATURES = {"t0": 0.0, "t1": 1.0}
 SLOTS = (16, 1, 4, 32)  # the one that must be met first, should time run out
 IDLE_US = 5.0  # within a graph a kernel follows the last one sooner: where the GPU rests longer, it waits for the host
-# What issue 4 asks for: (must, aim), and whether more is better.
+# The project's goals: (must, aim), and whether more is better.
 GOALS = {
     "autoregressive_ms": (5.4, 4.5, False),
     "score_60_over_autoregressive": (1.25, 1.1, False),

@@ -44,7 +44,8 @@ QUIET_SECONDS = 8  # a connection is kept for five, a worker gives memory back a
 FIRST_SECONDS, FIRST_INPUTS = 10.0, 200  # before anything is judged: threads and buffers are made when first needed
 FIELDS = (
     "n", "stop", "seed", "top_p", "top_k", "min_p", "temperature", "max_tokens", "logprobs", "top_logprobs", "stream",
-    "stream_options", "repetition_penalty", "response_format", "tools", "speculens", "user", "unknown",
+    "stream_options", "repetition_penalty", "no_repeat_ngram_size", "ignore_eos", "response_format", "tools", "user",
+    "speculens", "unknown",
 )  # fmt: skip
 
 

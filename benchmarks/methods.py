@@ -120,8 +120,10 @@ def measured(
     given: argparse.Namespace,
     seconds: float,
     name: str,
+    *,
+    closer: int = CLOSER,
 ) -> dict[str, Any]:
-    """The figures of as many cases as fit into the time, at least one; where the time goes included."""
+    """The figures of as many cases as fit into the time, at least one; where the time goes by `closer` of them."""
     begun, done = time.monotonic(), 0
 
     def watch(progress: Progress) -> None:
@@ -129,17 +131,17 @@ def measured(
         done = progress.done
         spent = time.monotonic() - begun
         # The closer look decodes some of the cases once more.
-        if done and spent * (1 + min(done, CLOSER) / done) > seconds:
+        if done and spent * (1 + min(done, closer) / done) > seconds:
             raise _OutOfTimeError
 
     shapes = dict.fromkeys(drafters, given.tree) if given.tree else {}
-    bench = Bench(target, drafters, cases, asking, shapes=shapes)
+    bench = Bench(target, drafters, cases, asking, shapes=shapes, closer=closer)
     with TemporaryDirectory() as scratch:
         folder = RunFolder((given.out or Path(scratch)) / name, bench.setting(target=given.target, suite=name))
         with suppress(_OutOfTimeError):
             bench.run(folder, watch)
-        if not folder.has("closer"):
-            Bench(target, drafters, cases[:done], asking, shapes=shapes).run(folder)
+        if closer and not folder.has("closer"):
+            Bench(target, drafters, cases[:done], asking, shapes=shapes, closer=closer).run(folder)
         made = conclude(folder, bench.errors)
     longest = max(prompts_of(target, cases[:done], asking), key=len)
     for each, drafter in {NONE: None, **drafters}.items():
@@ -229,7 +231,7 @@ def table(made: Mapping[str, Any]) -> str:
 def _row(name: str, line: Mapping[str, Any]) -> str:
     pooled = line[POOLED]
     low, high = pooled["walltime_speedup_quartiles"]
-    memory = line.get("peak_memory_alone")
+    memory, drafting = line.get("peak_memory_alone"), pooled.get("draft_time_fraction")
     cells = [
         name,
         f"{pooled['walltime_speedup']:.2f}",
@@ -237,7 +239,7 @@ def _row(name: str, line: Mapping[str, Any]) -> str:
         f"{pooled['walltime_speedup_median']:.2f} ({low:.2f}-{high:.2f})",
         _lengths(pooled),
         f"{pooled['drafter_prefill_ratio']:.1%}",
-        f"{pooled.get('draft_time_fraction', 0.0):.0%}",
+        "" if drafting is None else f"{drafting:.0%}",
         f"{memory / 2**20:,.0f} MiB" if memory else "",
         f"{pooled['exact']:.3f}",
     ]

@@ -1,9 +1,9 @@
-"""What training runs have come to so far, to take away: the averaged weights of their checkpoints as bfloat16 drafters.
+"""The drafters that training runs have come to so far: the averaged weights of their checkpoints, in bfloat16.
 
     python -m testbed.deliver runs/scratch runs/drafters
 
 OUT/drafters-0.tar, drafters-1.tar, ... hold RUN/STEP/ for every checkpoint of every run below SCRATCH, and
-RUN/log.jsonl. Each file is at most PART bytes, for those who can fetch only so much at once, and is written as a whole.
+RUN/log.jsonl. Each file is at most PART bytes, and is written as a whole.
 """
 
 from __future__ import annotations

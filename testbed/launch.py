@@ -1,9 +1,9 @@
-"""Train both families side by side, one GPU each, inside one deadline, and leave files small enough to fetch.
+"""Train both families side by side, one GPU each, inside one deadline.
 
-    python -m testbed.launch --out OUT --packs DIR --state STATE --minutes 9.2            # first call
-    python -m testbed.launch --out OUT --packs DIR --state STATE --minutes 9.2 --final    # second call, goes on
+    python -m testbed.launch --out OUT --packs DIR --state STATE --minutes 9.2            # the first run
+    python -m testbed.launch --out OUT --packs DIR --state STATE --minutes 9.2 --final    # goes on, and ends
 
-Each family's training lives in `STATE/FAMILY` (see `testbed.train`), so a later call on the same machine goes on from
+Each family's training lives in `STATE/FAMILY` (see `testbed.train`), so a later run on the same machine goes on from
 there. OUT gets a log of each family and its checkpoint as an archive in parts of at most 15 MiB. Put it together with
 
     cat OUT/llava.tar.part* | tar x
@@ -106,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--packs", type=Path)
-    parser.add_argument("--state", type=Path, required=True, help="folder that lasts between calls")
+    parser.add_argument("--state", type=Path, required=True, help="folder that lasts between runs")
     parser.add_argument("--weights", type=Path, help="folder of checkpoints FAMILY/ to begin from if there is no state")
     parser.add_argument("--minutes", type=float, default=9.2)
     parser.add_argument("--families", nargs="+", default=sorted(models.FAMILIES), choices=sorted(models.FAMILIES))

@@ -3,7 +3,7 @@
     python -m testbed.own_answers --data DATA/llava --weights testbed/weights/llava --processes 6 --gpu 0
 
 Asked are all real pictures and the first drawn ones of DATA/data.jsonl; DATA/own.jsonl gets the answers. Each process
-is `speculens respond` on its share, so a killed call goes on where it was.
+is `speculens respond` on its share, so a killed run goes on where it was.
 """
 
 from __future__ import annotations

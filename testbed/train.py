@@ -1,10 +1,10 @@
-"""Train one testbed model from scratch on one GPU, inside a wall-clock budget, in one call or several.
+"""Train one testbed model from scratch on one GPU, inside a wall-clock budget, in one run or several.
 
     python -m testbed.train --family llava --minutes 9 --total-minutes 18 --out DIR [--packs DIR]
     python -m testbed.train --family llava --minutes 9 --final --resume DIR --out DIR [--packs DIR]
 
 The learning rate follows the seconds trained: warm-up, constant, then linear to zero over the last 45 %. A `--final`
-call spreads the rest of the schedule over its own time, so a slow or shortened call still ends at zero.
+run spreads the rest of the schedule over its own time, so a slow or shortened one still ends at zero.
 
 In `--out`: `state.pt` (fp32 weights, optimisers, counters; replaced whole every 75 s), `tokenizer.json`,
 `checkpoint/` (bf16, loads with the Auto classes) and `log.jsonl`. `--resume` takes such a folder, or a checkpoint

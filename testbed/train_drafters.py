@@ -5,9 +5,9 @@
 
 DATA/FAMILY is a data set of `testbed.make_data`, with the answers of `testbed.own_answers`. Each run is `speculens
 train -c recipes/testbed/RECIPE.yaml`; whatever else stands on the command line goes over every recipe. SCRATCH keeps
-checkpoints, from which a later call goes on. OUT/FAMILY-NAME.log is what a run said, and OUT/drafters-*.tar hold every
+checkpoints, from which a later start goes on. OUT/FAMILY-NAME.log is what a run said, and OUT/drafters-*.tar hold every
 checkpoint's drafter with the log of its training (`testbed.deliver`); they are written anew after each run and every
-minute, because whoever waits for all may be cut off.
+minute, so that a start that is killed leaves what it had.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Run:
         return f"{self.family}-{self.name}"
 
     def command(self, data: Path, scratch: Path, weights: Path, overrides: Sequence[str]) -> list[str]:
-        """`speculens train`, going on where an earlier call was stopped."""
+        """`speculens train`, going on where an earlier start was stopped."""
         folder, output = data / self.family, scratch / self.folder
         files = [folder / "data.jsonl", *([] if self.given else [folder / "own.jsonl"])]
         values = {

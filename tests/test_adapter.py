@@ -1,5 +1,7 @@
 """`model.generate(custom_generate=...)` gives what plain `generate` gives."""
 
+import copy
+
 import pytest
 import torch
 from transformers import StopStringCriteria, TextStreamer
@@ -10,6 +12,7 @@ import tiny
 from oracle import Ask, compare, drafter, oracle, prompt, random_eagle, reference
 from speculens.adapter import custom_generate
 from speculens.drafters import LookupDrafter
+from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets import Target
@@ -117,6 +120,43 @@ def test_a_function_that_is_kept_prepares_a_model_once_and_follows_another(monke
     for family in ("llava", "llava", "qwen2_5_vl"):
         compare(generate(family, custom_generate=function), reference(family, Ask(), LONG), family)
     assert made == [tiny.model("llava"), tiny.model("qwen2_5_vl")]
+
+
+def test_the_engine_is_made_anew_where_it_does_not_fit_any_more(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "speculens.adapter.Engine", lambda *args, **kw: made.append(kw["capacity"]) or Engine(*args, **kw)
+    )
+    function, model = custom_generate(), copy.deepcopy(tiny.model("llava"))
+    given = dict(prompt("llava", FIRST).inputs, custom_generate=function, do_sample=False)
+    expected = reference("llava", FIRST, LONG)
+
+    def generated(tokens):
+        return model.generate(**given, max_new_tokens=tokens)[0, len(prompt("llava", FIRST)) :].tolist()
+
+    assert generated(20) == generated(20) == expected
+    assert made == [256]
+    assert generated(300)[:20] == expected
+    assert made == [256, 512]
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # as a move to another device and back would
+    assert generated(20) == expected
+    assert made == [256, 512, 256]
+
+
+def test_a_model_in_training_goes_on_as_it_was():
+    model = copy.deepcopy(tiny.model("llava")).requires_grad_(True).train()
+    model.get_decoder().embed_tokens.requires_grad_(False)
+    next(model.get_decoder().layers.children()).eval()
+    before = [module.training for module in model.modules()], [weight.requires_grad for weight in model.parameters()]
+    function = custom_generate()
+    for _ in range(2):
+        ids = model.generate(
+            **prompt("llava", FIRST).inputs, custom_generate=function, max_new_tokens=20, do_sample=False
+        )
+        compare(ids[0, len(prompt("llava", FIRST)) :].tolist(), reference("llava", FIRST, LONG))
+        after = [module.training for module in model.modules()], [weight.requires_grad for weight in model.parameters()]
+        assert after == before
 
 
 def test_batches_are_refused_with_their_size():

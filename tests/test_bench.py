@@ -1,11 +1,13 @@
 """Measuring: what a run records, how it goes on after a kill, what its figures mean, and what it draws."""
 
 import builtins
+import importlib
 import json
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +18,17 @@ import oracle
 import tiny
 from speculens import Conversation, Engine, Sampling, UserError, cli
 from speculens.answer import Answer, ask
-from speculens.bench import figures, measure, peers, report, suites, tables
+from speculens.bench import figures, measure, peers, plots, report, suites, tables
 from speculens.bench.measure import Bench, Contender, gap, walk
-from speculens.bench.record import NONE, Record, RunFolder, read_records
+from speculens.bench.record import NONE, Record, RunFolder, read_closer, read_records
 from speculens.checkpoints import save_drafter
 from speculens.data.respond import Asking
 from speculens.drafters import LookupDrafter
-from speculens.slot import Generation
+from speculens.slot import Generation, Step
 from speculens.stats import Stats
 from speculens.targets import Target
+from speculens.text import spell
+from speculens.tree import DraftTree
 
 TOKENS = 6
 
@@ -176,13 +180,8 @@ def test_the_best_of_the_two_choices_is_what_the_target_said(target, sampling, p
 
 
 def test_a_peer_that_fails_takes_nothing_from_the_others(target, questions, tmp_path):
-    calls = []
-
-    def fail(prompt, sampling):
-        calls.append(prompt)
-        if len(calls) > 1:  # the first is warm-up
-            raise UserError("It cannot.")
-        return ask(Engine(target, capacity=256), prompt, sampling)
+    def fail(*_: object):
+        raise UserError("It cannot.")
 
     cases = suites.load_suite("mmspec", [questions])[:1]
     bench = Bench(
@@ -215,6 +214,27 @@ def test_a_case_without_room_is_refused_with_both_numbers(target, questions, tmp
     bench = Bench(target, {}, cases, Asking(temperature=0, max_new_tokens=2), capacity=8)
     bench.run(begin(bench, tmp_path))
     assert re.search(r"q0 may need \d+ rows.* room for 8", bench.errors["q0"])
+
+
+def test_the_closer_look_is_at_so_many_cases_and_may_be_left_out(target, questions, tmp_path):
+    cases, costs = suites.load_suite("mmspec", [questions])[::2], {}
+    for closer in (0, 1):
+        asking = Asking(temperature=0, max_new_tokens=4)
+        bench = Bench(target, {"lookup": LookupDrafter()}, cases, asking, closer=closer)
+        folder = begin(bench, tmp_path / f"{closer}")
+        bench.run(folder)
+        assert folder.has("closer") == bool(closer)
+        summary = figures.conclude(folder)
+        costs[closer] = [about["all"].get("costs", {}).get("answers") for about in summary["drafters"].values()]
+    assert costs == {0: [None] * 2, 1: [1] * 2}
+    without, near = (report.read_run(tmp_path / f"{closer}") for closer in (0, 1))
+    assert {row[6] for row in tables.pass_rows(without.summary)} == {tables.UNKNOWN}
+    drawn = [[plot.name for plot in plots.plots(run.summary, run.records)] for run in (without, near)]
+    assert {*drawn[1]} - {*drawn[0]} == {"cost-split"}
+    pages = [report.render([run], [[]]) for run in (without, near)]
+    assert ["step by step" in page for page in pages] == [False, True]
+    bench.run(begin(bench, tmp_path / "0", resume=True))
+    assert read_closer(tmp_path / "0")["costs"]["lookup"]["answers"] == 1, "a run may have it later"
 
 
 # --- going on
@@ -327,7 +347,7 @@ def test_a_walk_tells_the_trees_and_the_way_through_them(target, drafters, name)
     sampling = Sampling(max_new_tokens=TOKENS)
     steps = walk(Engine(target, drafters[name], capacity=128), prompt, sampling)
     said = Engine(target, capacity=128).generate(prompt, sampling)
-    spelt = [target.tokenizer.decode([token]) for token in said.tokens]
+    spelt = [spell(target.tokenizer, token)[0] for token in said.tokens]
     assert [token for step in steps for token in step["tokens"]] == spelt
     root = steps[0]["tokens"][-1]
     for step in steps[1:]:
@@ -337,6 +357,21 @@ def test_a_walk_tells_the_trees_and_the_way_through_them(target, drafters, name)
             step["parents"][below] == above for above, below in zip(step["path"], step["path"][1:], strict=False)
         )
         root = step["tokens"][-1]
+
+
+def test_a_walk_spells_tokens_with_their_spaces():
+    words = tiny.pieces(leading_space=True)
+    *_, letter, world = words.encode("a world", add_special_tokens=False)
+    step = Step(None, [world, letter], "", 1, DraftTree.chain(torch.tensor([[letter, world]])))
+    engine = SimpleNamespace(target=SimpleNamespace(tokenizer=words), stream=lambda *_: [step])
+    (told,) = walk(engine, None, None)
+    assert told == {
+        "tokens": [" world", "a"],
+        "accepted": 1,
+        "nodes": ["a", " world"],
+        "parents": [0, 0],
+        "path": [0, 1],
+    }
 
 
 # --- suites
@@ -507,6 +542,51 @@ def test_a_split_that_is_missing_is_named(science):
         suites.load_suite("scienceqa", [folder])
 
 
+PROBLEM = LAYOUTS["scienceqa"][0]["problems.json"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "sentence"),
+    [
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"rows": []}}, "TextVQA_0.5.1_val.json has no 'data'"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": [1]}, "TextVQA_0.5.1_val.json has no 'data'"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"data": 3}}, "TextVQA_0.5.1_val.json holds no list"),
+        ("textvqa", {"TextVQA_0.5.1_val.json": {"data": ["row"]}}, "Row 1 of .*_val.json is no object"),
+        ("mm-vet", {"mm-vet.json": {"v1": [1]}}, "Row 1 of .*mm-vet.json is no object"),
+        ("mm-vet", {"mm-vet.json": {"v1": {"imagename": "a.png"}}}, "Row 1 of .*mm-vet.json has no 'capability'"),
+        ("mm-vet", {"mm-vet.json": {"v1": {"imagename": "a.png", "capability": 1}}}, "Row 1 .* of another kind"),
+        ("mme", {"llava_mme.jsonl": [[1, 2]]}, "Row 1 of .*llava_mme.jsonl is no object"),
+        ("coco", {"dataset_coco.json": {"images": [{"split": "test", "imgid": [1]}]}}, "Row 1 .* of another kind"),
+        (
+            "scienceqa",
+            {"problems.json": {"1": PROBLEM}, "pid_splits.json": {"test": ["1", "2"], "train": []}},
+            "problems.json has no '2'",
+        ),
+        (
+            "scienceqa",
+            {"problems.json": {"1": PROBLEM}, "pid_splits.json": {"test": {"1": 0}, "train": []}},
+            "pid_splits.json holds no list",
+        ),
+        *(
+            (
+                "scienceqa",
+                {
+                    "problems.json": {"1": {**PROBLEM, "answer": answer}},
+                    "pid_splits.json": {"test": ["1"], "train": ["1"]},
+                },
+                "Row 1 of .*problems.json has a field of another kind",
+            )
+            for answer in ("0", 10**7, 10**30)
+        ),
+    ],
+)
+def test_a_file_of_another_form_is_refused_in_a_sentence(name, files, sentence, tmp_path):
+    for file, content in files.items():
+        (tmp_path / file).write_text(lines(content) if file.endswith("jsonl") else json.dumps(content))
+    with pytest.raises(UserError, match=f"{sentence}.*, so it is not the file that {name} needs"):
+        suites.load_suite(name, [tmp_path])
+
+
 @pytest.fixture
 def science(tmp_path):
     """A folder of ScienceQA's layout, every third problem without a picture, and its splits."""
@@ -607,10 +687,24 @@ def test_bench_writes_a_run_and_says_exactness_first(measured, capsys):
 def test_where_nothing_can_be_measured_there_is_a_sentence(measured, tmp_path, capsys):
     _, words = measured
     (tmp_path / "mmspec.jsonl").write_text('{"id": "lost", "image": "lost.png", "turns": ["?"]}\n')
-    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    words = [*words, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--closer", "0"]
     del words[words.index("--data") : words.index("--data") + 2]
+    sentence = f"speculens: Nothing could be measured in {tmp_path / 'run'}: Row 'lost': "
+    for again in (words, ["report", str(tmp_path / "run")]):
+        assert cli.main(again) == 2
+        assert " ".join(capsys.readouterr().err.split()).startswith(sentence)
+    assert not (tmp_path / "run" / "closer.json").exists()
+
+
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(measured, tmp_path, monkeypatch, capsys):
+    _, words = measured
+    monkeypatch.setattr(importlib.import_module("speculens.cli.bench"), "load", None)
     assert cli.main(words) == 2
-    assert capsys.readouterr().err.startswith("speculens: Nothing could be measured: Row 'lost': ")
+    assert "holds a run already" in capsys.readouterr().err
+    (tmp_path / "precious.txt").touch()
+    for place in (tmp_path, tmp_path / "precious.txt"):
+        assert cli.main([*words, "--out", str(place)]) == 2
+        assert "holds something else than a run" in capsys.readouterr().err
 
 
 def test_a_report_needs_nothing_else(measured, capsys):
@@ -649,7 +743,7 @@ def test_without_matplotlib_or_a_run_there_is_a_sentence(measured, monkeypatch, 
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["report", str(shelf / "run")]) == 2
-    assert "pip install 'speculens[plot]'" in capsys.readouterr().err
+    assert "Plots need matplotlib: install speculens with its extra plot" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no finished run: summary.json is missing" in capsys.readouterr().err
 

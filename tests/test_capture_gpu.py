@@ -7,6 +7,7 @@ Targets of random weights in float64 with trees so wide that paths are accepted,
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import traceback
@@ -28,6 +29,7 @@ from speculens.engine import Engine  # noqa: E402
 from speculens.sampling import Sampling  # noqa: E402
 from speculens.targets import Target, load_target  # noqa: E402
 from speculens.targets.base import Prompt  # noqa: E402
+from speculens.targets.load import prepare  # noqa: E402
 from speculens.training.config import DrafterRecipe  # noqa: E402
 from speculens.training.student import make_drafter  # noqa: E402
 from speculens.tree import TreeShape  # noqa: E402
@@ -35,6 +37,7 @@ from speculens.tree import TreeShape  # noqa: E402
 CUDA = torch.cuda.is_available()
 WIDE = TreeShape(num_steps=1, topk=90, num_draft_tokens=240)
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma2")
+RECORDED_TOWERS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma")
 CAPACITY = 640
 LENGTHS = (60, 9, 25, 40, 17, 33)  # the longest prompts here have about 200 rows: texts grow across 256 columns
 GREEDY = [Sampling()] * len(LENGTHS)
@@ -135,6 +138,24 @@ def check_pieces(family: str) -> None:
     assert [slot.tokens for slot in slots] == texts(whole, requests(family), GREEDY)
 
 
+def check_towers(family: str) -> None:
+    """What a replayed tower gives is bit by bit what a launched one gives; one that cannot be recorded is launched."""
+    made = Target(copy.deepcopy(tiny.model(family)).to("cuda"), tiny.processor(family))
+    prepare(made.model)
+    asked = [made.encode(tiny.conversation(family, images=1 + i % 2, turns=1 + i % 2, seed=i)) for i in range(6)]
+
+    def entered() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [made.at_the_door(one.inputs, None)["inputs_embeds"].clone() for one in asked]
+
+    launched = entered()
+    made.record_towers()
+    assert all(map(torch.equal, launched, entered()))
+    recorder = made._towers[0].recorder
+    assert not recorder.on or recorder.replays == 4
+    assert recorder.on or family not in RECORDED_TOWERS
+
+
 def check_testbed(name: str) -> None:
     """Real acceptance: paths of several tokens."""
     weights = ROOT / "testbed" / "weights"
@@ -167,6 +188,20 @@ def check_plain_attention() -> None:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield from step_cases()
+    yield "attention for any shape", check_plain_attention
+    for method in ("none", "hivis", "lookup"):
+        yield f"warm-up of {method}", functools.partial(check_warm_up, method)
+    for method in ("none", "eaglevlm", "vispec", "hivis"):  # SpecVLM's gate decides on the host
+        for family in FAMILIES[:2]:
+            yield f"no wait, {method} on {family}", functools.partial(check_no_wait, method, family)
+    for family in tiny.FAMILIES:
+        yield f"tower of {family}", functools.partial(check_towers, family)
+    for name in ("llava", "qwen2_5_vl"):
+        yield f"testbed {name}", functools.partial(check_testbed, name)
+
+
+def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for method in ("none", *METHODS):
         for family in FAMILIES if method in ("none", "eaglevlm") else FAMILIES[:2]:
             for slots in (1, 2, 3, 4) if family == "llava" else (3,):
@@ -175,14 +210,6 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                     yield f"{method} on {family}, {slots} slots, {name}", case
     for family in FAMILIES[:2]:
         yield f"pieces on {family}", functools.partial(check_pieces, family)
-    yield "attention for any shape", check_plain_attention
-    for method in ("none", "hivis", "lookup"):
-        yield f"warm-up of {method}", functools.partial(check_warm_up, method)
-    for method in ("none", "eaglevlm", "vispec", "hivis"):  # SpecVLM's gate decides on the host
-        for family in FAMILIES[:2]:
-            yield f"no wait, {method} on {family}", functools.partial(check_no_wait, method, family)
-    for name in ("llava", "qwen2_5_vl"):
-        yield f"testbed {name}", functools.partial(check_testbed, name)
 
 
 def main(words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Drafters and targets on disk: what is written comes back, and what is broken is refused in one sentence."""
 
+import copy
 import json
 import shutil
 
@@ -8,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from oracle import CAPACITY, Ask, compare, oracle, prompt, random_eagle, reference
+from oracle import CAPACITY, Ask, compare, oracle, prompt, random_eagle, reference, target
 from speculens.checkpoints import load_drafter, read_config, save_drafter
 from speculens.drafters import DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
-from speculens.targets import load_target
+from speculens.targets import Target, load_target
+from speculens.training.config import DrafterRecipe
+from speculens.training.student import make_drafter
 
 # Drafters
 
@@ -48,6 +51,27 @@ def test_the_card_says_what_it_is_for(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_drafter_is_loaded_in_the_dtype_of_its_target(folder, dtype):
     assert {p.dtype for p in load_drafter(folder, dtype=dtype).parameters()} == {dtype}
+
+
+def test_pictures_of_another_size_than_it_learnt_from_are_told(tmp_path, caplog):
+    learnt = Target(tiny.model("qwen2_5_vl"), copy.deepcopy(tiny.processor("qwen2_5_vl")))
+    drafter = make_drafter(DrafterRecipe("eaglevlm"), learnt)
+    assert (drafter.config.min_pixels, drafter.config.max_pixels) == (784, 12544)
+    folder = save_drafter(drafter, tmp_path / "drafter")
+    load_drafter(folder, target=learnt)
+    assert not caplog.messages
+    images = learnt.processor.image_processor
+    images.size = type(images.size)(shortest_edge=784, longest_edge=50176)
+    load_drafter(folder, target=learnt)
+    (line,) = caplog.messages
+    assert "784 to 12,544" in line
+    assert "784 to 50,176" in line
+
+
+def test_where_pictures_are_not_scaled_to_an_area_nothing_is_told(folder, caplog):
+    assert (read_config(folder).min_pixels, read_config(folder).max_pixels) == (None, None)
+    load_drafter(folder, target=target("llava"))
+    assert not caplog.messages
 
 
 def in_hub_cache(folder, cache, hub_id, commit="0" * 40):

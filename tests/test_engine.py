@@ -20,7 +20,7 @@ from oracle import (
     steps,
     target,
 )
-from speculens.drafters import NoDrafter
+from speculens.drafters import LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
@@ -318,7 +318,25 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(monkeypat
     monkeypatch.setattr(made.config.get_text_config(), "max_position_embeddings", 30)
     asked = prompt("llava", Ask())
     with pytest.raises(UserError, match=rf"{len(asked)} tokens.* 30"):
-        Engine(Target(made, tiny.processor("llava")), capacity=CAPACITY).generate(asked, SHORT)
+        Engine(Target(made, tiny.processor("llava"))).generate(asked, SHORT)
+
+
+def test_slots_that_are_longer_than_the_context_are_refused_with_both_numbers():
+    context = target("llava").context
+    with pytest.raises(UserError, match=rf"{context + 1} rows.* {context},"):
+        Engine(target("llava"), capacity=context + 1)
+
+
+def test_one_call_takes_a_loaded_drafter_and_a_prompt_of_any_length_that_the_model_takes(monkeypatch):
+    model = tiny.model("llava")
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 6000)
+    made = Target(model, tiny.processor("llava"))
+    asked = "one two three " * 900
+    answer = speculens.generate(made, asked, drafter=LookupDrafter(), max_new_tokens=4)
+    assert answer.stats.num_prompt_tokens > 4096
+    assert len(answer.tokens) == 4
+    with pytest.raises(UserError, match=r"lower max_new_tokens\."):
+        speculens.generate(made, asked, max_new_tokens=6000)
 
 
 @pytest.mark.parametrize(

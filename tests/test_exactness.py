@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import tiny
 from oracle import (
@@ -23,6 +24,7 @@ from oracle import (
 )
 from speculens.attention import folded_attention
 from speculens.engine import Engine
+from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets import Target, attention
 from speculens.targets.attention import install_attention
@@ -170,3 +172,20 @@ def test_picture_and_penalty_do_change_the_text(family):
         reference(family, ask, long) != reference(family, ask, replace(plain, max_new_tokens=FORESIGHT))
         for ask in asks(family)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("qwen3_5", "layers of the kind linear_attention"),
+        ("llama4", "layers of the kind chunked_attention"),
+        ("mllama", "cross-attention"),
+        ("florence2", "cross-attention"),
+        ("kosmos-2", "one list of layers"),
+    ],
+)
+def test_models_of_another_build_are_refused_with_the_reason(kind, why):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind]())
+    with pytest.raises(UserError, match=f"'{kind}' model cannot be a target: .*{why}"):
+        Target(model)

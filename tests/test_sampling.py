@@ -17,6 +17,7 @@ from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import (
     STATEFUL_PROCESSORS,
+    TOP_K_ROOMS,
     Laws,
     Needs,
     Sampling,
@@ -87,6 +88,19 @@ def test_node_histories_are_committed_tokens_and_own_line(past, seed):
             expected = own_history(tree, slot, node, past[slot])
             assert tokens[slot, node, : lengths[slot, node]].tolist() == expected
             assert (tokens[slot, node, lengths[slot, node] :] == -1).all()
+
+
+def test_so_cold_that_division_would_overflow_is_greedy():
+    assert Sampling(temperature=1e-40) == Sampling()
+    assert Sampling(temperature=1e-4).temperature == 1e-4
+
+
+@given(st.lists(samplings, min_size=1, max_size=4), st.integers(0, (1 << 31) - 1))
+def test_kinds_of_steps_are_few_whatever_is_asked_and_have_room_for_it(mixed, top_k):
+    mixed = [replace(one, top_k=top_k) for one in mixed]
+    needs = Needs.of(mixed)
+    assert needs.top_k in (0, *TOP_K_ROOMS)
+    assert needs.top_k >= max((one.top_k for one in mixed if one.temperature), default=0)
 
 
 LAWS = {
@@ -234,6 +248,7 @@ def test_samples_with_a_picture_are_the_same_alone_and_in_a_batch(family):
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": 1 << 31}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": -0.5}, "min_p"),

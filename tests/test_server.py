@@ -168,6 +168,28 @@ def test_steps_show_runs_and_trees(client, baseline):
     assert any(len(part["tree"]["tokens"]) > 1 for part in parts[1:]) is not baseline
 
 
+def test_an_answer_can_be_handed_back_as_the_client_gave_it(client):
+    question = {"role": "user", "content": "Go."}
+    asked = {"model": NAME, "max_tokens": 4}
+    first = client.chat.completions.create(messages=[question], **asked).choices[0].message
+    again = client.chat.completions.create(messages=[question, first.model_dump(), question], **asked)
+    assert again.usage.completion_tokens == 4
+
+
+def test_repeats_are_kept_out_as_generate_keeps_them_out(client, alone):
+    told = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "Go."}],
+        temperature=1,
+        seed=39,
+        max_tokens=60,
+        extra_body={"no_repeat_ngram_size": 1, "ignore_eos": True},
+    )
+    drawn = {"temperature": 1.0, "seed": 39, "max_new_tokens": 60}
+    own = own_text(alone, "Go.", **drawn, no_repeat_ngram_size=1, ignore_eos=True)
+    assert told.choices[0].message.content == own != own_text(alone, "Go.", **drawn)
+
+
 def test_models_health_and_metrics_tell_what_is_there(client, served):
     (model,) = client.models.list().data
     assert model.id == NAME
@@ -180,6 +202,10 @@ def test_models_health_and_metrics_tell_what_is_there(client, served):
         "limits": {"images": 8, "image_pixels": 30_000_000, "image_bytes": 10 * 2**20},
     }
     assert model.speculens | facts == model.speculens
+    assert client.models.retrieve(NAME) == model
+    with pytest.raises(openai.NotFoundError, match="no model 'some/other'") as none:
+        client.models.retrieve("some/other")
+    assert none.value.code == "model_not_found"
     assert served.until_idle()["status"] == "ok"
     served.ask()
     exposed = served.http.get("/metrics").text
@@ -337,7 +363,9 @@ def test_the_schema_finds_no_fault_in_the_server(served):
             assert answer.status_code < 500, answer.text
 
         check()
-    assert {path for path, _ in seen} == {"/v1/chat/completions", "/v1/models", "/health", "/metrics"}
+    assert {path for path, _ in seen} == {
+        "/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics",
+    }  # fmt: skip
 
 
 def test_log_lines_hold_no_prompt(served):
@@ -399,7 +427,12 @@ def test_what_the_engine_does_is_passed_on(monkeypatch):
     _, other = told(monkeypatch, "--tree", "auto", "--no-warm-up", "--prefill-chunk", "64", "--worker-timeout", "9")
     assert (other.model.sized, other.model.warm_up, other.model.prefill_chunk) == (True, False, 64)
     assert other.limits.silent_seconds == 9
-    assert told(monkeypatch, "--tree", "auto", "--topk", "2") == (2,)
+    for option in ("--topk", "--num-draft-tokens"):
+        assert told(monkeypatch, "--tree", "auto", option, "0") == (2,)
+    for words, nodes in (([], 5), (["--num-draft-tokens", "0"], 0)):  # 0 is for the worker to refuse
+        config = '{"method": "ngram", "num_speculative_tokens": 4}'
+        _, named = told(monkeypatch, "--speculative-config", config, *words)
+        assert named.model.tree == {"num_draft_tokens": nodes}
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path, capsys):

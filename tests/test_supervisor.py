@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -98,6 +99,42 @@ def test_a_worker_that_hangs_is_killed_and_replaced(started):
         until_ok(started, first)
         assert not psutil.pid_exists(first)
         assert (await asked(started)).finish_reason == "stop"
+
+    asyncio.run(meet())
+
+
+def test_whoever_comes_while_the_worker_dies_is_told():
+    """The keeper learns of it just before a ticket is entered."""
+    supervisor = Supervisor(Model("x"), Limits())
+    supervisor._take(Ready({}))
+    lock = supervisor._lock
+
+    @contextlib.contextmanager
+    def dying():
+        supervisor._lock = lock
+        supervisor._lose("the worker died")
+        with lock:
+            yield
+
+    async def meet():
+        supervisor._lock = dying()
+        with pytest.raises(ApiError, match="the worker died"):
+            await asyncio.wait_for(supervisor.open(1).next(), 1)
+
+    asyncio.run(meet())
+
+
+def test_what_will_never_fit_is_not_told_to_come_back():
+    supervisor = Supervisor(Model("x", slots=2), Limits(queue=1))
+    supervisor._take(Ready({}))
+
+    async def meet():
+        with pytest.raises(ApiError, match="n is at most 3") as never:
+            supervisor.open(4)
+        supervisor.open(3)
+        with pytest.raises(ApiError, match="full") as later:
+            supervisor.open(1)
+        assert [(told.value.status, told.value.retry) for told in (never, later)] == [(400, None), (429, 1)]
 
     asyncio.run(meet())
 

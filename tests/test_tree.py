@@ -32,6 +32,17 @@ def test_lines_list_the_nodes_from_the_root_down(tree):
             assert lines[slot, node].tolist() == expected + [-1] * (tree.levels + 1 - len(expected))
 
 
+@given(draft_trees())
+def test_an_outline_leaves_padding_out_and_finds_every_line(tree):
+    nodes = tree.live[0].nonzero().flatten().tolist()
+    for node in nodes:
+        way = line(tree, 0, node)
+        tokens, parents, path = tree.outline(tree.tokens[0, way[1:]].tolist())
+        assert tokens == tree.tokens[0, nodes].tolist()
+        assert [nodes[above] for above in parents] == tree.parents[0, nodes].tolist()
+        assert [nodes[place] for place in path] == way
+
+
 @given(
     draft_trees(),
     st.lists(st.integers(0, 12), min_size=3, max_size=3),

@@ -7,17 +7,21 @@ import threading
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import oracle
+import tiny
 from speculens import Conversation, Engine, LookupDrafter, Sampling
 from speculens.plan import Planner
+from speculens.sampling import Logprob
 from speculens.server import worker
 from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Cancel, Piece, Refusal
 from speculens.server.worker import Worker
+from speculens.tree import DraftTree
 
 CHUNK = 8
 SAMPLING = {"temperature": 1.0, "seed": 3}
@@ -129,8 +133,12 @@ def test_who_leaves_while_waiting_is_forgotten_and_disturbs_nobody(client, engin
 
 @pytest.mark.parametrize(
     ("error", "status", "told"),
-    [(ValueError("secret"), 500, "failed"), (torch.OutOfMemoryError("secret"), 503, "memory")],
-    ids=["fault", "memory"],
+    [
+        (ValueError("secret"), 500, "failed"),
+        (torch.OutOfMemoryError("secret"), 503, "memory"),
+        (RuntimeError("can't allocate memory: secret"), 503, "memory"),
+    ],
+    ids=["fault", "GPU memory", "memory"],
 )
 @pytest.mark.parametrize("before", [0, 1], ids=["alone", "beside one"])
 def test_a_prompt_that_fails_is_refused_once_and_hurts_no_other(
@@ -176,6 +184,16 @@ def test_what_is_late_is_cut_where_it_runs_and_refused_where_it_waits(client):
     assert client.text(4) == own_text()
 
 
+def test_tokens_are_told_with_their_spaces_and_bytes():
+    words = tiny.pieces(leading_space=True)
+    tokens = words.encode("a world☃", add_special_tokens=False)
+    told = [worker._named(words, Logprob(token, -1.0, ((token, -1.0),))) for token in tokens]
+    assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == " a world☃"
+    assert all(entry["top_logprobs"] == [{key: entry[key] for key in entry if key != "top_logprobs"}] for entry in told)
+    drawn = worker.picture(words, DraftTree.chain(torch.tensor([tokens[1:4]])), tokens[2:3])
+    assert drawn == {"tokens": ["a", " world", "\ufffd"], "parents": [0, 0, 1], "accepted": [0, 1]}
+
+
 def test_a_worker_with_nothing_to_do_shows_that_it_lives(client):
     for _ in range(2):
         assert client.pipe.poll(30)
@@ -204,6 +222,27 @@ def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
     worker.main(there, Model(str(tmp_path)), Limits())
     (broken,) = here.recv()
     assert broken.reason.startswith("There is no model at")
+
+
+LARGE = {
+    "load_target": "the weights of x: give --dtype bfloat16",
+    "Engine": "2 slots of 200 rows (0.00 GiB of keys and values): lower --max-num-seqs or --max-model-len",
+    "warm_up": "2 slots of 200 rows (0.00 GiB of keys and values): lower --max-num-seqs or --max-model-len",
+}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError("[..] can't allocate memory: ..")])
+@pytest.mark.parametrize(("place", "told"), LARGE.items(), ids=LARGE)
+def test_a_start_without_enough_memory_names_the_knobs(monkeypatch, place, told, error):
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "load_target", lambda *_, **__: oracle.target("llava"))
+    monkeypatch.setattr(worker, place, Mock(side_effect=error))
+    for baseline in (True, False):
+        here, there = Pipe()
+        worker.main(there, Model("x", slots=2, length=200, baseline=baseline), Limits())
+        (broken,) = here.recv()
+        assert told in broken.reason
+        assert ("--no-baseline" in broken.reason) is (baseline and place != "load_target")
 
 
 @pytest.mark.parametrize("capture", ["auto", "off"])

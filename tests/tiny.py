@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from speculens.conversation import Conversation, Message
@@ -248,6 +248,20 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         padding_side="left",
         extra_special_tokens=dict(row.tokens),
     )
+
+
+@functools.cache
+def pieces(*, leading_space: bool) -> PreTrainedTokenizerFast:
+    """Pieces with ▁ for the space, and bytes for what they lack; Llama's put a space in front, and take it away."""
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzüH!", "\ufffd"]
+    merges = [("▁", "w"), ("▁", "▁"), ("o", "r"), ("▁w", "or"), ("l", "d"), ("▁wor", "ld")]
+    names += ["".join(pair) for pair in merges]
+    vocabulary = {name: token for token, name in enumerate(names)}
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    spaces, text = normalizers.Replace(" ", "▁"), [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if leading_space else spaces
+    made.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)] if leading_space else text)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
 
 
 @functools.cache

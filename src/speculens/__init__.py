@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from speculens.adapter import custom_generate
     from speculens.checkpoints import load_drafter
     from speculens.conversation import Conversation, Message
-    from speculens.drafters import LookupDrafter, NoDrafter
+    from speculens.drafters import Drafter, LookupDrafter, NoDrafter
     from speculens.engine import Engine
     from speculens.errors import UserError
     from speculens.pictures import load_image
@@ -75,13 +75,18 @@ def __dir__() -> list[str]:
 
 
 def generate(
-    target: str | Target, text: str, *, images: list[Any] | None = None, drafter: str = "none", **sampling: Any
+    target: str | Target,
+    text: str,
+    *,
+    images: list[Any] | None = None,
+    drafter: str | Drafter = "none",
+    **sampling: Any,
 ) -> Generation:
-    """One call from a question and pictures to an answer.
+    """One call from a question and pictures to an answer. For many of them an `Engine` is faster: it is made here anew.
 
     target   a loaded Target, or a folder or hub id (loaded anew each time)
     images   paths, URLs or PIL pictures, shown before the question
-    drafter  a folder or hub id, `lookup` or `none`
+    drafter  a loaded one, a folder or hub id, `lookup` or `none`
     sampling  fields of `Sampling`: temperature, max_new_tokens, seed, ...
     """
     from speculens.checkpoints import load_drafter
@@ -92,6 +97,8 @@ def generate(
 
     if not isinstance(target, Target):
         target = load_target(target)
-    guesser = load_drafter(drafter, dtype=target.dtype, device=target.device, target=target)
-    conversation = Conversation.user(text, images=images or [])
-    return Engine(target, guesser).generate(conversation, Sampling(**sampling))
+    if isinstance(drafter, str):
+        drafter = load_drafter(drafter, dtype=target.dtype, device=target.device, target=target)
+    prompt, chosen = target.encode(Conversation.user(text, images=images or [])), Sampling(**sampling)
+    capacity = min(len(prompt) + chosen.max_new_tokens, target.context)
+    return Engine(target, drafter, capacity=capacity).generate(prompt, chosen)

@@ -7,11 +7,12 @@ and `tokenizer` away before a custom loop sees them: pass a streamer as `stream_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from speculens.cache import CACHE_NAMES
@@ -23,20 +24,19 @@ from speculens.targets.base import Prompt, Target
 from speculens.targets.processing import image_token_id
 from speculens.tree import TreeShape
 
+GRAIN = 256  # rows: prompts that differ a little share an engine
+
 
 def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = None) -> Callable[..., Tensor]:
     """A function for `generate(custom_generate=...)` that returns prompt and output ids, (1, n).
 
     Sampling with the same `seed` (a keyword of its own, default 0) gives the same tokens with any drafter and with
-    none; it does not use torch's global generator. Keep the function: a model is prepared at its first call. Raises
-    UserError for batches, beams, stateful processors and `return_dict_in_generate`.
+    none; it does not use torch's global generator. Keep the function: its engine, with a KV cache of the longest call
+    and on a GPU its recorded steps, serves as long as weights stay where they are. A model in training is decoded as
+    it evaluates and goes on as it was. Raises UserError for batches, beams, stateful processors and
+    `return_dict_in_generate`.
     """
-    last: list[Target] = []
-
-    def target_of(model: PreTrainedModel) -> Target:
-        if not last or last[0].model is not model:
-            last[:] = [Target(model)]
-        return last[0]
+    engines = _Engines(drafter, shape)
 
     def tree_decode(
         model: PreTrainedModel,
@@ -57,20 +57,73 @@ def custom_generate(drafter: Drafter | None = None, shape: TreeShape | None = No
             ignore_eos=True,  # the criteria below know every end, EOS ids included
             processors=tuple(logits_processor or ()),
         )
-        engine = Engine(target_of(model), drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
-        ids = input_ids
-        if stream_to is not None:
-            stream_to.put(ids.cpu())  # as generate does: a streamer may skip the prompt
-        for step in engine.stream(prompt, sampling):
-            for token in step.tokens:
+        with _evaluating(model), closing(_tokens(engines.of(model, prompt, sampling), prompt, sampling)) as tokens:
+            ids = input_ids
+            if stream_to is not None:
+                stream_to.put(ids.cpu())  # as generate does: a streamer may skip the prompt
+            for token in tokens:
                 ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
                 if stream_to is not None:
                     stream_to.put(ids[0, -1:].cpu())
                 if stopping_criteria is not None and bool(stopping_criteria(ids, None).all()):
-                    return _ended(ids, stream_to)
-        return _ended(ids, stream_to)
+                    break
+            if stream_to is not None:
+                stream_to.end()
+        return ids
 
     return tree_decode
+
+
+class _Engines:
+    """The engine of the last call, for as long as it fits."""
+
+    def __init__(self, drafter: Drafter | None, shape: TreeShape | None) -> None:
+        self._drafter, self._shape = drafter, shape
+        self._engine: Engine | None = None
+        self._weights: list[Any] = []
+
+    def of(self, model: PreTrainedModel, prompt: Prompt, sampling: Sampling) -> Engine:
+        """One for this model as it is now, with room for such a request."""
+        rows, engine = len(prompt) + sampling.max_new_tokens, self._engine
+        if (
+            engine is None
+            or engine.target.model is not model
+            or engine.capacity < rows
+            or self._weights != self._places(model)
+        ):
+            self._engine = engine = None  # its memory goes before the next one takes as much
+            target = Target(model)
+            capacity = min(-(-rows // GRAIN) * GRAIN, target.context)
+            engine = Engine(target, self._drafter, capacity=capacity, shape=self._shape)
+            self._engine, self._weights = engine, self._places(model)
+        return engine
+
+    def _places(self, model: nn.Module) -> list[Any]:
+        """Where the weights lie, which an engine's recorded steps read; their values may change."""
+        modules = [model, *([self._drafter] if isinstance(self._drafter, nn.Module) else [])]
+        return [(weight.data_ptr(), weight.dtype) for module in modules for weight in module.parameters()]
+
+
+def _tokens(engine: Engine, prompt: Prompt, sampling: Sampling) -> Generator[int, None, None]:
+    with closing(engine.stream(prompt, sampling)) as steps:
+        for step in steps:
+            yield from step.tokens
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model only evaluates. Then its modules and weights train as before."""
+    training = [module for module in model.modules() if module.training]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for weight in learning:
+            weight.requires_grad_(True)
 
 
 def _checked(settings: GenerationConfig | None, ids: Tensor) -> GenerationConfig:
@@ -91,9 +144,3 @@ def _prompt(model: PreTrainedModel, ids: Tensor, given: dict[str, Any]) -> Promp
     ours = (*CACHE_NAMES, "use_cache", "logits_to_keep")
     inputs = {name: value for name, value in inputs.items() if value is not None and name not in ours}
     return Prompt(ids[0].cpu(), inputs, (ids[0] == image_token_id(model.config)).cpu())
-
-
-def _ended(ids: Tensor, stream_to: Any) -> Tensor:
-    if stream_to is not None:
-        stream_to.end()
-    return ids

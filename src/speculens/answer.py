@@ -84,7 +84,9 @@ def warm_up(engines: Iterable[Engine], prompt: Prompt, sampling: Sampling) -> No
 def runs(words: TextStream, step: Step) -> list[Run]:
     """At most two: what was drafted and kept, then the target's own. `words` has seen the steps before this one."""
     pieces = [words.push(token)[0] for token in step.tokens]
-    parts = ("".join(pieces[: step.accepted]), True), ("".join(pieces[step.accepted :]), False)
+    own = step.accepted < len(step.tokens)
+    border = sum(map(len, pieces[: step.accepted])) if own else len(step.text)
+    parts = (step.text[:border], True), (step.text[border:], False)
     return [Run(text, drafted) for text, drafted in parts if text]
 
 

@@ -207,7 +207,8 @@ class SlotCache:
     def _open(self) -> int:
         if self.running + self._filling == self.slots:
             raise RuntimeError(f"all {self.slots} slots are running")
-        self.lengths[self.running] = self.extents[self.running] = 0
+        self.lengths[self.running].zero_()
+        self.extents[self.running] = 0
         return self.running
 
     def _move(self, source: int, target: int) -> None:
@@ -220,8 +221,9 @@ class SlotCache:
     def _wipe(self, row: int) -> None:
         """Masked columns have weight 0, but 0 times the NaN of an overflowed request is NaN: nothing of it may stay."""
         for slots in self._by_row():
-            slots[:, row] = 0
-        self.lengths[row] = self.extents[row] = 0
+            slots[:, row].zero_()  # assigning a number would wait for the device, here and below
+        self.lengths[row].zero_()
+        self.extents[row] = 0
 
     def _by_row(self) -> Iterator[Tensor]:
         """Views (layers and kinds, slots, columns ever written to, heads x dim) of all that is held."""

@@ -76,6 +76,10 @@ class Recorder(Generic[Key, Result]):
                 self._restore(kept)
         return self.on
 
+    def forget(self, key: Key) -> None:
+        """Drop the graph of this key, if there is one; later ones may take its memory."""
+        self._graphs.pop(key, None)
+
     def replay(self, key: Key) -> Result:
         """Run the work of this key: what it returned when it was recorded now holds the new results."""
         graph, result = self._graphs[key]

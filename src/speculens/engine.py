@@ -40,7 +40,8 @@ class Engine:
     """Runs one target with one drafter, as they are when it is made: who changes a model makes a new engine.
 
     slots     sequences that run side by side
-    capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096
+    capacity  rows of KV cache per slot: prompt and output; None takes the model's context, at most 4,096. More than the
+              context is a UserError
     shape     draft tree; None takes the drafter's own; `auto` sizes each step's by cost and acceptance (`plan.py`); or
               any other Plan
     timed     run part by part, never as a graph, and wait for the device around each: `Stats.seconds` is then true on a
@@ -63,7 +64,7 @@ class Engine:
     ) -> None:
         self.target, self.drafter = target, drafter or NoDrafter()
         self.slots = slots
-        self.capacity = capacity or min(target.context, 4096)
+        self.capacity = slot_rows(capacity, target.context)
         self._recorded = capture == "auto" and not timed and target.device.type == "cuda"
         self._plan = self._planned(shape)
         largest = self._plan.shapes[-1]
@@ -106,7 +107,7 @@ class Engine:
         """Decode one request to its end."""
         return self.generate_all([request], [sampling or Sampling()])[0]
 
-    def stream(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Iterator[Step]:
+    def stream(self, request: Conversation | Prompt, sampling: Sampling | None = None) -> Generator[Step, None, None]:
         """Decode one request step by step. Leaving the iterator early cancels it."""
         self._check_idle()
         step = self.admit(request, sampling)
@@ -199,9 +200,9 @@ class Engine:
         return steps
 
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
-        """Record every graph that requests of such settings will need; nothing where steps are not recorded.
+        """Record every graph that requests of such settings will need; nothing on a CPU, `timed` or with `capture` off.
 
-        Passes over short prompts are recorded here and nowhere else.
+        Passes over short prompts are recorded here and nowhere else, also beside a drafter whose steps cannot be.
 
         samplings  settings by kind: greedy, with or without each filter; a batch may hold one kind or all of them
         progress   called after each graph with how many are done, and how many there are
@@ -394,9 +395,10 @@ class Engine:
                 f"{self.target.context}: shorten it or use smaller pictures."
             )
         if asked > self.capacity:
+            more = " or raise the capacity (--max-model-len)" if self.capacity < self.target.context else ""
             raise UserError(
                 f"{len(prompt)} prompt tokens and {sampling.max_new_tokens} new ones do not fit in the {self.capacity} "
-                "rows of a slot: lower max_new_tokens or raise the capacity (--max-model-len)."
+                f"rows of a slot: lower max_new_tokens{more}."
             )
 
     @contextmanager
@@ -409,3 +411,12 @@ class Engine:
         share = (time.perf_counter() - start) / len(slots)
         for slot in slots:
             slot.stats.add_seconds(part, share)
+
+
+def slot_rows(asked: int | None, context: int) -> int:
+    """Rows of a slot for a model of such a context; by default no more than 4,096. Raises UserError beyond it."""
+    if asked is None:
+        return min(context, 4096)
+    if not 0 < asked <= context:
+        raise UserError(f"A slot of {asked} rows is impossible: it takes 1 to {context}, which is the model's context.")
+    return asked

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speculens.drafters.base import DraftSession
+from speculens.ops import gather_rows
 from speculens.sampling import Laws, Needs, Sampling, choose
 from speculens.targets.base import TargetSession
 from speculens.tree import DraftTree, TreeShape, take_last
@@ -86,14 +87,14 @@ class Front:
     def admit(self, row: int, first: Tensor) -> None:
         """A prepared row begins to run: its first token (1,) is chosen already."""
         self.roots[row : row + 1] = first
-        self.position[row] = 1
-        self.live[row] = True
+        self.position[row].fill_(1)
+        self.live[row].fill_(True)
 
     def free(self, row: int, last: int) -> None:
         """A row ends; the last running one takes its place."""
         for part in (self.roots, self.position, self.live, *self.laws.parts):
             part[row] = part[last]
-        self.live[last] = False
+        self.live[last].fill_(False)
 
     def advance(self, tokens: Tensor, counts: Tensor) -> None:
         """The last accepted of tokens (B, P) is the next root; where counts (B,) is 0 nothing changes."""
@@ -131,7 +132,7 @@ class Backlog:
         """A row ends; the last running one takes its place."""
         for part in (self.hidden, self.tokens, self.counts):
             part[row] = part[last]
-        self.counts[last] = 0
+        self.counts[last].zero_()
 
 
 # clock(part) measures the block that it is entered for
@@ -192,21 +193,16 @@ class Loop:
             tokens = want.gather(1, path)
             self._target.keep(path, counts)
         with clock("observe"):
-            along = _along(hidden, path)
+            along = gather_rows(hidden, path)
             if drafts:
                 self._drafter.observe(along, tokens, counts, bucket.horizon)
             else:
                 self.backlog.add(along, tokens, counts)
             front.advance(tokens, counts)
         table = torch.cat([counts[:, None], tokens], 1)
-        return Outcome(tree, table, _along(logits, path) if bucket.needs.logprobs else None)
+        return Outcome(tree, table, gather_rows(logits, path) if bucket.needs.logprobs else None)
 
     def _catch_up(self, rows: slice, horizon: int) -> None:
         backlog = self.backlog
         self._drafter.observe(backlog.hidden[rows], backlog.tokens[rows], backlog.counts[rows], horizon)
-        backlog.counts[rows] = 0
-
-
-def _along(values: Tensor, path: Tensor) -> Tensor:
-    """Values (B, N, W) of the nodes on a path (B, P): (B, P, W)."""
-    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
+        backlog.counts[rows].zero_()

@@ -119,6 +119,11 @@ def look_up(table: Any, tokens: Tensor) -> Tensor:
     return weight.gather(0, tokens.reshape(-1, 1).expand(-1, weight.shape[1])).view(*tokens.shape, -1)
 
 
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Of x (B, n, W) the rows index (B, m) -> (B, m, W)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked a module's forward, or put another in its place."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))  # noqa: SLF001

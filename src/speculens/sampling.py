@@ -33,11 +33,15 @@ STATEFUL_PROCESSORS = frozenset({
 })  # fmt: skip
 
 
+COLDEST = 1e-5  # divided by less, logits would overflow; vLLM draws the same line
+TOP_K_ROOMS = (64, 1024, 1 << 31)  # few, for each makes a step of its own kind, which is recorded apart
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop. The defaults are greedy decoding.
 
-    temperature           0 is greedy (argmax)
+    temperature           0 is greedy (argmax), and so is what lies below COLDEST
     top_k, top_p, min_p   as in Hugging Face; 0, 1 and 0 switch them off. Ignored when greedy, as there
     repetition_penalty    1 is off; counts prompt and output, and each tree node's own ancestors
     no_repeat_ngram_size  0 is off
@@ -67,7 +71,7 @@ class Sampling:
             message
             for bad, message in (
                 (not 0 <= self.temperature < float("inf"), f"temperature must be 0 or more, not {self.temperature}"),
-                (self.top_k < 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
+                (not 0 <= self.top_k < 1 << 31, f"top_k must be 0 (off) or more, below 2^31, not {self.top_k}"),
                 (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
                 (not 0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
                 (not self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}"),
@@ -90,6 +94,8 @@ class Sampling:
         ]
         if wrong:
             raise UserError(f"{'; '.join(wrong)}.")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def needs_history(self) -> bool:
@@ -120,7 +126,7 @@ class Needs:
     """Which work a batch of settings asks for, known to the host: the rest is left out of the pass.
 
     draws  some row samples
-    top_k  room for the largest top_k of any row that samples, a power of two; 0 where none filters by it
+    top_k  room for the largest top_k of any row that samples, one of TOP_K_ROOMS; 0 where none filters by it
     top_p, min_p  some row that samples filters by it
     logprobs  some row wants to be told how likely its tokens were
     """
@@ -138,7 +144,7 @@ class Needs:
         largest = max((sampling.top_k for sampling in drawn), default=0)
         return Needs(
             draws=bool(drawn),
-            top_k=1 << (largest - 1).bit_length() if largest else 0,
+            top_k=next(room for room in (0, *TOP_K_ROOMS) if largest <= room),
             top_p=any(sampling.top_p < 1 for sampling in drawn),
             min_p=any(sampling.min_p > 0 for sampling in drawn),
             logprobs=any(sampling.logprobs is not None for sampling in samplings),
@@ -174,9 +180,9 @@ class Laws:
         )
 
     def put(self, row: int, sampling: Sampling) -> None:
-        """Write one row, in place."""
+        """Write one row, in place. Nothing waits for the device, as it would if a number were assigned."""
         for part, number in zip(self.parts, _numbers(sampling), strict=True):
-            part[row] = number
+            part[row].fill_(number)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

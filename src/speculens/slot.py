@@ -61,6 +61,7 @@ class Slot:
                 stopped = stopped or complete
             if stopped or len(self.tokens) == self.sampling.max_new_tokens:
                 self.finish_reason = "stop" if stopped else "length"
+                text += self.stream.finish() if self.stream else ""
                 break
         return emitted, text
 

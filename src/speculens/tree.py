@@ -13,7 +13,7 @@ Because every emitted token is the target's own want given its own prefix, the w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,24 @@ class DraftTree:
         order = self.depth.masked_fill(~accepted, self.levels + 1)
         path = order.argsort(dim=1, stable=True)[:, : self.levels + 1]
         return path, accepted.sum(1)
+
+    def outline(self, kept: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The first slot's tree on the host, without padding: tokens, parents, and the nodes from the root down `kept`.
+
+        kept  the drafted tokens that were emitted
+        """
+        tokens, parents, live = (part[0].tolist() for part in (self.tokens, self.parents, self.live))
+        nodes = [0, *(node for node in range(1, len(tokens)) if live[node])]
+        place = {node: index for index, node in enumerate(nodes)}
+        children = {(parents[node], tokens[node]): node for node in nodes[1:]}
+        path = [0]
+        for token in kept:
+            path.append(children[path[-1], token])
+        return (
+            [tokens[node] for node in nodes],
+            [place[parents[node]] for node in nodes],
+            [place[node] for node in path],
+        )
 
     def lines(self) -> Tensor:
         """(B, N, levels + 1): the nodes from the root down to each node, -1 beyond its depth."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-pytest.importorskip("selenium", reason="selenium is missing: pip install 'speculens[browser]'")
+pytest.importorskip("selenium", reason="selenium is missing: pip install '.[browser]'")
 
 from chrome import PATIENCE, png
 from selenium.webdriver.common.action_chains import ActionChains

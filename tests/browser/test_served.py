@@ -9,9 +9,9 @@ from urllib.request import urlopen
 
 import pytest
 
-pytest.importorskip("selenium", reason="selenium is missing: pip install 'speculens[browser]'")
+pytest.importorskip("selenium", reason="selenium is missing: pip install '.[browser]'")
 for part in ("speculens.server.run", "served"):
-    pytest.importorskip(part, reason="the server is missing: pip install 'speculens[serve]'", exc_type=ImportError)
+    pytest.importorskip(part, reason="the server is missing: pip install '.[serve]'", exc_type=ImportError)
 
 TESTBED = Path(__file__).parents[2] / "testbed"
 PICTURE = TESTBED / "heldout" / "pictures" / "bars-00.webp"

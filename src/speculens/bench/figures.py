@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from speculens.answer import Answer, Entry
-from speculens.bench.record import NONE, Record, RunFolder, entry, read_records
+from speculens.bench.record import NONE, Record, RunFolder, entry, read_closer, read_records
+from speculens.errors import UserError
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -28,10 +30,17 @@ UNTIMED = ("seconds", "draft_time_fraction")
 
 def conclude(folder: RunFolder, errors: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Write and return the summary of a run; `errors` are cases that could not be asked, and why."""
-    setting, closer = folder.read("setting"), folder.read("closer")
+    setting, closer = folder.read("setting"), read_closer(folder.path)
     summary = {**summarise(read_records(folder.path), setting, closer), "errors": dict(errors or {})}
     folder.write("summary", summary)
     return summary
+
+
+def check_measured(summary: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError, with the first reason, if a run has no figures."""
+    if not summary["questions"]:
+        why = next(iter(summary["errors"].values()), "the suite is empty.")
+        raise UserError(f"Nothing could be measured in {folder}: {why}")
 
 
 def summarise(records: Sequence[Record], setting: Mapping[str, Any], closer: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,10 +34,11 @@ from speculens.sampling import Sampling, gumbel
 from speculens.slot import Step
 from speculens.stats import Stats
 from speculens.targets import Prompt, Target
+from speculens.text import spell
 from speculens.tree import DraftTree, TreeShape
 
 WARM = 3  # cases that are answered before the clock starts
-CLOSER = 8  # cases that are decoded once more, to see where the time goes
+CLOSER = 8  # cases of the closer look
 WALK = 24  # steps that are kept of the one prompt that is walked through
 OWN_LOOP = "engine"
 
@@ -63,6 +64,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+@dataclass(eq=False)
 class Bench:
     """Measures drafters on the cases of a suite.
 
@@ -72,27 +74,26 @@ class Bench:
     others    contenders with a loop of their own
     capacity  rows of a slot; None makes room for the longest conversation of the suite
     capture   as of `Engine`: `off` measures eager steps on a GPU, too
+    closer    cases that are decoded once more by each drafter, eagerly, to see where the time goes; 0 leaves it out
+    errors    cases that could not be asked, and why
     """
 
-    def __init__(
-        self,
-        target: Target,
-        drafters: Mapping[str, Drafter],
-        cases: Sequence[Case],
-        asking: Asking,
-        *,
-        shapes: Mapping[str, TreeShape | Literal["auto"]] | None = None,
-        others: Sequence[Contender] = (),
-        capacity: int | None = None,
-        capture: Literal["auto", "off"] = "auto",
-    ) -> None:
-        self.target, self.cases, self.asking = target, cases, asking
-        self.drafters = {NONE: NoDrafter(), **drafters}
-        self._shapes, self._others = shapes or {}, others
-        self._limit = min(capacity or target.context, target.context)
-        self._capacity = capacity or 1
-        self._capture = capture
-        self.errors: dict[str, str] = {}
+    target: Target
+    drafters: Mapping[str, Drafter]
+    cases: Sequence[Case]
+    asking: Asking
+    _: KW_ONLY
+    shapes: Mapping[str, TreeShape | Literal["auto"]] = field(default_factory=dict)
+    others: Sequence[Contender] = ()
+    capacity: int | None = None
+    capture: Literal["auto", "off"] = "auto"
+    closer: int = CLOSER
+    errors: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.drafters = {NONE: NoDrafter(), **self.drafters}
+        self._limit = min(self.capacity or self.target.context, self.target.context)
+        self._rows = self.capacity or 1
 
     def setting(self, **names: Any) -> dict[str, Any]:
         """All that the figures depend on; `names` are those of target, suite and the like."""
@@ -101,11 +102,11 @@ class Bench:
             **names,
             "family": self.target.family,
             "drafters": {name: self._about(name) for name in self.drafters}
-            | {other.name: {"loop": other.loop} for other in self._others},
+            | {other.name: {"loop": other.loop} for other in self.others},
             "asking": asdict(self.asking),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "threads": torch.get_num_threads(),
-            "capture": self._capture,
+            "capture": self.capture,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -113,7 +114,7 @@ class Bench:
 
     def _about(self, name: str) -> dict[str, Any]:
         about = self.drafters[name].describe()
-        shape = self._shapes.get(name)
+        shape = self.shapes.get(name)
         return {
             "loop": OWN_LOOP,
             **about,
@@ -124,8 +125,8 @@ class Bench:
         """Measure every case that the folder does not hold yet, then look closer at the first few."""
         with folder.journal() as journal:
             self._measure_all(journal, on_progress)
-        if not folder.has("closer"):
-            near = self._survey(list(enumerate(self.cases[:CLOSER])))
+        if self.closer and not folder.has("closer"):
+            near = self._survey(list(enumerate(self.cases[: self.closer])))
             folder.write("closer", self._look_closer([case for _, case in near]))
 
     def _measure_all(self, journal: Journal, on_progress: OnProgress) -> None:
@@ -153,7 +154,7 @@ class Bench:
         usable = []
         for number, case in cases:
             try:
-                self._capacity = max(self._capacity, self._room(case))
+                self._rows = max(self._rows, self._room(case))
             except UserError as error:
                 self.errors[case.name] = str(error)
             else:
@@ -186,7 +187,7 @@ class Bench:
         """Each case with the order in which it is answered: turned round from one to the next."""
         if not cases:
             return
-        contenders = [*(self._contender(name) for name in self.drafters), *self._others]
+        contenders = [*(self._contender(name) for name in self.drafters), *self.others]
         self._warm_up(contenders, [case for _, case in cases])
         for number, case in cases:
             yield number, case, contenders if number % 2 else contenders[::-1]
@@ -200,14 +201,17 @@ class Bench:
         return Engine(
             self.target,
             self.drafters[name],
-            capacity=self._capacity,
-            shape=self._shapes.get(name),
+            capacity=self._rows,
+            shape=self.shapes.get(name),
             timed=timed,
-            capture=self._capture,
+            capture=self.capture,
         )
 
     def _warm_up(self, contenders: Sequence[Contender], cases: Sequence[Case]) -> None:
-        """First passes are slower than all later ones: a whole answer to the first case, a few tokens for others."""
+        """First passes are slower than all later ones: a whole answer to the first case, a few tokens for others.
+
+        Who cannot answer is told of when it is measured.
+        """
         for number, case in enumerate(cases[:WARM]):
             conversation, questions = self._questions(case)
             prompt = self.target.encode(conversation.then(questions[0].role, *questions[0].content))
@@ -215,7 +219,8 @@ class Bench:
             if number:
                 sampling = replace(sampling, max_new_tokens=min(8, sampling.max_new_tokens))
             for contender in contenders:
-                contender.answer(prompt, sampling)
+                with suppress(UserError):
+                    contender.answer(prompt, sampling)
 
     # Measuring
 
@@ -305,32 +310,20 @@ def walk(engine: Engine, prompt: Prompt, sampling: Sampling) -> list[dict[str, A
     nodes    of the tree, as text, root first; `parents` their parents
     path     nodes that were kept, from the root down
     """
-    spell = partial(_spell, engine.target.tokenizer)
+    texts = partial(_spelt, engine.target.tokenizer)
     return [
-        {"tokens": [spell(token) for token in step.tokens], "accepted": step.accepted, **_tree(step, spell)}
+        {"tokens": texts(step.tokens), "accepted": step.accepted, **_tree(step, texts)}
         for step in islice(engine.stream(prompt, sampling), WALK)
     ]
 
 
-def _spell(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.decode([token]))
+def _spelt(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    return [spell(tokenizer, token)[0] for token in tokens]
 
 
-def _tree(step: Step, spell: Callable[[int], str]) -> dict[str, Any]:
-    if step.tree is None:
-        return {"nodes": [], "parents": [], "path": []}
-    tokens, parents, live = (part[0].tolist() for part in (step.tree.tokens, step.tree.parents, step.tree.live))
-    path = [0]
-    for wanted in step.tokens[: step.accepted]:
-        children = (node for node in range(1, len(tokens)) if live[node] and parents[node] == path[-1])
-        path.append(next(node for node in children if tokens[node] == wanted))
-    real = [node for node in range(len(tokens)) if live[node]]
-    place = {node: number for number, node in enumerate(real)}  # padding is left out
-    return {
-        "nodes": [spell(tokens[node]) for node in real],
-        "parents": [place[parents[node]] for node in real],
-        "path": [place[node] for node in path],
-    }
+def _tree(step: Step, texts: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+    tokens, parents, path = step.tree.outline(step.tokens[: step.accepted]) if step.tree else ([], [], [])
+    return {"nodes": texts(tokens), "parents": parents, "path": path}
 
 
 def _costs(answers: Sequence[Answer], vision: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from speculens.bench.figures import POOLED
 from speculens.bench.record import NONE, Record
 from speculens.bench.tables import Summary, labels
-from speculens.errors import UserError
+from speculens.errors import lacking
 
 # Colours of drafters and parts, told apart by people who see no red or no green: name in the page, on white, on black.
 COLOURS = (
@@ -58,6 +58,7 @@ class _Drawing:
     title: str
     about: str
     draw: Callable[[Any, Summary, Sequence[Record]], None]
+    needs: Callable[[Summary], Any] = bool  # where this has nothing, the figure is left out
 
 
 def plots(summary: Summary, records: Sequence[Record]) -> list[Plot]:
@@ -66,10 +67,10 @@ def plots(summary: Summary, records: Sequence[Record]) -> list[Plot]:
         import matplotlib as mpl  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
-        raise UserError("Plots need matplotlib: pip install 'speculens[plot]'.") from None
+        raise lacking("Plots need", "matplotlib", "plot") from None
     made = []
     with mpl.rc_context(_RC):
-        for drawing in DRAWINGS:
+        for drawing in (one for one in DRAWINGS if one.needs(summary)):
             figure = Figure(figsize=SIZE, layout="constrained")
             drawing.draw(figure.add_subplot(), summary, records)
             png, svg = io.BytesIO(), io.StringIO()
@@ -140,6 +141,11 @@ def _drafters(summary: Summary) -> list[tuple[str, str, str, Mapping[str, Any]]]
         for name, about in summary["drafters"].items()
         if about[POOLED]
     ]
+
+
+def _timed(summary: Summary) -> list[tuple[str, str, str, Mapping[str, Any]]]:
+    """Those at whom the closer look was."""
+    return [drafter for drafter in _drafters(summary) if "costs" in drafter[3][POOLED]]
 
 
 def _guessers(summary: Summary) -> list[tuple[str, str, str, Mapping[str, Any]]]:
@@ -222,7 +228,7 @@ def _efficiency_plane(axes: Any, summary: Summary, _records: Sequence[Record]) -
 
 
 def _cost_split(axes: Any, summary: Summary, _records: Sequence[Record]) -> None:
-    drafters = [one for one in _drafters(summary) if "costs" in one[3][POOLED]]
+    drafters = _timed(summary)
     begun = [0.0] * len(drafters)
     for number, part in enumerate(PARTS):
         costs = [about[POOLED]["costs"] for *_, about in drafters]
@@ -292,6 +298,7 @@ DRAWINGS = (
         "ones may have been graphs. Verify is scoring and choosing, "
         "draft includes what the drafter learns from each pass, host is the rest.",
         _cost_split,
+        _timed,
     ),
     _Drawing(
         "speedup-by-visual-tokens",

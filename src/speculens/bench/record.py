@@ -2,7 +2,7 @@
 
 setting.json    all that the figures depend on; a run is gone on with under the same setting only
 records.jsonl   one line a case; it grows, and a kill costs the case that was under way and nothing else
-closer.json     where the time goes, and one prompt step by step
+closer.json     where the time goes, and one prompt step by step; a run may leave it out
 summary.json    every figure
 """
 
@@ -85,15 +85,10 @@ class RunFolder:
     def __init__(self, path: Path, setting: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
         self._setting = json.loads(json.dumps(setting))
-        found = path / "setting.json"
-        if not found.exists():
-            if path.exists() and any(path.iterdir()):
-                raise UserError(f"{path} holds something else than a run: choose another folder.")
-            self.write("setting", self._setting)
-        elif not resume:
-            raise UserError(f"{path} holds a run already: go on with it by --resume, or choose another folder.")
+        if holds_run(path, resume=resume):
+            self._check(self.read("setting"))
         else:
-            self._check(read_json(found))
+            self.write("setting", self._setting)
 
     def _check(self, before: Mapping[str, Any]) -> None:
         was, now = dict(_leaves(before)), dict(_leaves(self._setting))
@@ -125,6 +120,17 @@ class RunFolder:
         return fresh.replace(file)
 
 
+def holds_run(path: Path, *, resume: bool) -> bool:
+    """Whether a folder holds a run, to be gone on with. Raises UserError if it holds anything that is not meant."""
+    if (path / "setting.json").exists():
+        if not resume:
+            raise UserError(f"{path} holds a run already: go on with it by --resume, or choose another folder.")
+        return True
+    if path.is_file() or (path.exists() and any(path.iterdir())):
+        raise UserError(f"{path} holds something else than a run: choose another folder.")
+    return False
+
+
 def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Every value under its dotted name, so that a difference can be named."""
     for key, value in values.items():
@@ -139,6 +145,12 @@ def read_records(folder: Path) -> list[Record]:
     rows = JsonLines([folder / "records.jsonl"])
     cases = sorted((rows.row(number) for number in range(len(rows))), key=lambda row: row["number"])
     return [Record.from_row(turn) for case in cases for turn in case["turns"]]
+
+
+def read_closer(folder: Path) -> dict[str, Any]:
+    """What the closer look at a run found; nothing if there was none."""
+    file = folder / "closer.json"
+    return read_json(file) if file.exists() else {"costs": {}, "walk": {"steps": {}}}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from speculens import html
 from speculens.bench import plots, tables
-from speculens.bench.record import NONE, Record, read_json, read_records
+from speculens.bench.figures import check_measured
+from speculens.bench.record import NONE, Record, read_closer, read_json, read_records
 
 COLUMN, ROW, MARGIN = 104, 22, 6  # pixels between levels and between leaves of a drawn tree
 LONGEST = 12  # characters of a node that are drawn
@@ -31,9 +32,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError if the run is not finished."""
-    summary, closer = read_json(folder / "summary.json"), read_json(folder / "closer.json")
-    return Run(folder.resolve().name, summary, read_records(folder), closer["walk"])
+    """Raises UserError if the run is not finished, or nothing could be measured in it."""
+    summary = read_json(folder / "summary.json")
+    check_measured(summary, folder)
+    return Run(folder.resolve().name, summary, read_records(folder), read_closer(folder)["walk"])
 
 
 def write_report(runs: Sequence[Run], out: Path) -> list[Path]:

@@ -142,26 +142,40 @@ def _cases(name: str, about: Mapping[str, Any], folder: Path, image_root: Path |
     file = folder / about["rows"]
     if not file.is_file():
         raise _missing(name, about, f" ({file} is not there)")
-    names, seen, cases = Names(), set(), []
+    names, cases = Names(), []
+    seen: set[Any] = set()
     for place, row in enumerate(_rows(name, about, folder)):
-        if not all(_fits(row.get(field), wanted) for field, wanted in about.get("only", {}).items()):
-            continue
-        if "once" in about:
-            value = row.get(about["once"])
-            if value in seen:
-                continue
-            seen.add(value)
+        line = f"Row {place + 1} of {file}"
+        if not isinstance(row, Mapping):
+            raise _unfit(name, f"{line} is no object")
         try:
+            if not _wanted(about, row, seen):
+                continue
             said = {key: fill(about[key], row) for key in ("id", "image", "topic")}
             messages = _messages(about, said["image"], row)
         except KeyError as error:
-            raise UserError(
-                f"Row {place + 1} of {file} has no {error}, so it is not the file that {name} needs."
-            ) from None
+            raise _unfit(name, f"{line} has no {error}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _unfit(name, f"{line} has a field of another kind ({error})") from None
         own = str(names.name({"id": said["id"]}, place))
         question = {"id": own, "messages": messages}
         cases.append(Case(own, said["topic"], question, image_root or folder))
     return cases
+
+
+def _wanted(about: Mapping[str, Any], row: Mapping[str, Any], seen: set[Any]) -> bool:
+    """Whether a row has the values that the suite is of; and a new one, where a value may come once."""
+    fits = all(_fits(row.get(field), wanted) for field, wanted in about.get("only", {}).items())
+    if not fits or "once" not in about:
+        return fits
+    value = row.get(about["once"])
+    new = value not in seen
+    seen.add(value)
+    return new
+
+
+def _unfit(name: str, why: str) -> UserError:
+    return UserError(f"{why}, so it is not the file that {name} needs.")
 
 
 def _messages(about: Mapping[str, Any], image: str, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -179,7 +193,7 @@ def _text(about: Mapping[str, Any], template: str, row: Mapping[str, Any]) -> st
     return text.replace("  ", " ") if about.get("spaces") == "single" else text
 
 
-def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping[str, Any]]:
+def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Any]:
     """Rows of JSON lines, of an array, or of an object whose keys name them."""
     file = folder / about["rows"]
     if file.suffix == ".jsonl":
@@ -187,19 +201,30 @@ def _rows(name: str, about: Mapping[str, Any], folder: Path) -> Iterator[Mapping
         yield from (source.row(number) for number in range(len(source)))
         return
     found = _json(file)
-    found = found[about["at"]] if "at" in about else found
+    found = _at(name, found, about["at"], file) if "at" in about else found
     if isinstance(found, Mapping):
-        order = found.keys()
+        order: Any = list(found)
         if "order" in about:
             other = folder / about["order"]["file"]
             if not other.is_file():
                 raise _missing(name, about, f" ({other} is not there)")
-            order, key = _json(other), about["order"]["key"]
-            if key not in order:
-                raise UserError(f"{other} has no {key!r}, so it is not the file that {name} needs.")
-            order = order[key]
-        found = [{"key": key, **found[key]} for key in order]
-    yield from found
+            order = _list(name, _at(name, _json(other), about["order"]["key"], other), other)
+        found = [(key, _at(name, found, key, file)) for key in order]
+        found = [{"key": key, **row} if isinstance(row, Mapping) else row for key, row in found]
+    yield from _list(name, found, file)
+
+
+def _at(name: str, found: Any, key: Any, file: Path) -> Any:
+    try:
+        return found[key]
+    except (LookupError, TypeError):
+        raise _unfit(name, f"{file} has no {key!r}") from None
+
+
+def _list(name: str, found: Any, file: Path) -> list[Any]:
+    if not isinstance(found, list):
+        raise _unfit(name, f"{file} holds no list")
+    return found
 
 
 def _json(file: Path) -> Any:

@@ -6,6 +6,7 @@ The target's embedding and head are not stored: the drafter borrows them.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from speculens.checkpoints.published import is_published, load_published
 from speculens.drafters import METHODS, Drafter, DrafterConfig, LookupDrafter, NoDrafter, TrainedDrafter
 from speculens.errors import UserError
 from speculens.targets.base import Target
+from speculens.targets.processing import pixel_bounds
+
+log = logging.getLogger(__name__)
 
 
 def save_drafter(drafter: TrainedDrafter, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
@@ -49,7 +53,20 @@ def load_drafter(
         return LookupDrafter()
     folder = find_folder(str(name))
     drafter = load_published(folder, target) if is_published(folder) else _load_ours(folder)
+    if target is not None:
+        _compare_pictures(drafter.config, target)
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _compare_pictures(config: DrafterConfig, target: Target) -> None:
+    """Say so where a drafter learnt from pictures of another size: that costs acceptance, and nothing else tells it."""
+    learnt, given = (config.min_pixels, config.max_pixels), pixel_bounds(target.processor)
+    if None not in (*learnt, *given) and learnt != given:
+        log.warning(
+            "The drafter learnt from pictures of %s to %s pixels, and the target's processor makes them %s to %s: "
+            "expect fewer accepted tokens.",
+            *(f"{bound:,}" for bound in (*learnt, *given)),
+        )
 
 
 def _load_ours(folder: Path) -> TrainedDrafter:

@@ -27,7 +27,7 @@ from speculens.cli.generate import generate
 from speculens.cli.inspect import inspect
 from speculens.cli.serve import serve
 from speculens.cli.train import train
-from speculens.errors import UserError
+from speculens.errors import UserError, lacks_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -112,11 +112,7 @@ def _sentence(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if hasattr(error, "format_message"):  # how the command was typed
         return " ".join(error.format_message().split())
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
+    if lacks_memory(error):
         return (
             "Out of memory: lower --max-model-len, --max-new-tokens, --num-draft-tokens or the recipe's batch size, "
             "use smaller pictures, or load the target with --dtype bfloat16 or spread by --device-map auto."

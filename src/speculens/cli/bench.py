@@ -32,7 +32,6 @@ from speculens.cli.options import (
     given,
 )
 from speculens.cli.output import print_json, versions
-from speculens.errors import UserError
 
 
 def bench(  # noqa: PLR0913, PLR0917 - a flag each
@@ -49,6 +48,9 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first cases of the suite.")] = None,
     turns: Annotated[
         int | None, typer.Option(min=1, help="Questions to ask of each conversation; default all.")
+    ] = None,
+    closer: Annotated[
+        int | None, typer.Option(min=0, help="Cases decoded once more, to see where the time goes; 0: none. Default 8.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json: Json = False,
@@ -69,15 +71,16 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
 ) -> None:
     """Measure drafters beside `none` on a suite of questions, and whether their answers are the target's own."""
     from speculens.bench import peers
-    from speculens.bench.figures import conclude
+    from speculens.bench.figures import check_measured, conclude
     from speculens.bench.measure import Bench
-    from speculens.bench.record import NONE, RunFolder
+    from speculens.bench.record import NONE, RunFolder, holds_run
     from speculens.bench.suites import load_suite
     from speculens.checkpoints import load_drafter
     from speculens.data.respond import Asking
     from speculens.drafters.base import reshaped
     from speculens.show import Screen
 
+    holds_run(out, resume=resume)  # before anything is loaded
     asking = Asking(
         turns=turns, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
     )
@@ -98,14 +101,14 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
         others=[peers.load_peer(name, model, temperature) for name in others],
         capacity=max_model_len,
         capture=capture.value,
+        **given(closer=closer),
     )
     folder = RunFolder(out, measured.setting(target=target, revision=revision, suite=suite), resume=resume)
     screen = Screen(quiet=json)
     with screen.progress("cases") as tell:
         measured.run(folder, lambda at: tell(at.done, at.total, _lengths(at.lengths)))
     summary = conclude(folder, measured.errors)
-    if not summary["questions"]:
-        raise UserError(f"Nothing could be measured: {next(iter(measured.errors.values()), 'the suite is empty.')}")
+    check_measured(summary, out)
     screen.measured(summary)
     screen.aside(f"Records and figures: {out}. A page of them: speculens report {out}")
     if json:

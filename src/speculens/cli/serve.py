@@ -27,7 +27,7 @@ from speculens.cli.options import (
     given,
 )
 from speculens.cli.output import print_json, versions
-from speculens.errors import UserError
+from speculens.errors import UserError, lacking
 
 
 class Trees(StrEnum):
@@ -93,9 +93,11 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     try:
         from speculens.server.run import serve as run
     except ImportError as error:
-        raise UserError(f"The server needs {error.name}: pip install 'speculens[serve]'.") from None
+        raise lacking("The server needs", error.name or "more", "serve") from None
     method, tokens = speculation(speculative_config, drafter)
-    changes = given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens or tokens)
+    if num_draft_tokens is None:
+        num_draft_tokens = tokens
+    changes = given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
     if changes and tree is Trees.auto:
         raise UserError(f"--tree auto sizes the tree itself: leave out --{next(iter(changes)).replace('_', '-')}.")
     model = Model(
@@ -152,7 +154,7 @@ def speculation(config: str | None, drafter: str | None) -> tuple[str, int | Non
     if not isinstance(asked, dict) or set(asked) - set(known):
         raise UserError(f"--speculative-config is a JSON object of {', '.join(known)}.")
     method, model, tokens = (asked.get(key) for key in known)
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+    if tokens is not None and (type(tokens) is not int or tokens < 1):  # JSON's true is an int to Python
         raise UserError(f"num_speculative_tokens must be a whole number from 1 on, not {tokens!r}.")
     name = {"ngram": "lookup", "lookup": "lookup", "none": "none"}.get(str(method), model)
     if not isinstance(name, str):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from speculens.drafters.config import DrafterConfig
 from speculens.errors import UserError
-from speculens.ops import send
+from speculens.ops import gather_rows, send
 from speculens.values import read
 
 # What each mode may use, in the order in which it is used.
@@ -129,8 +129,7 @@ class Prune(nn.Module):
             kept = _subset(rows, count, self.seed, embeds.device).expand(runs, -1)
         else:
             kept = hidden.float().norm(dim=-1).topk(count).indices.sort().values
-        index = kept[..., None].expand(-1, -1, embeds.shape[-1])
-        return Pressed(embeds.gather(1, index), hidden.gather(1, index), kept)
+        return Pressed(gather_rows(embeds, kept), gather_rows(hidden, kept), kept)
 
 
 class Pool(nn.Module):

@@ -27,6 +27,8 @@ class DrafterConfig:
     image_contract       what it sees of a picture: full | compress | adaptor | hidden
     target_*             of the target whose embedding and head it borrows
     input_norm           RMSNorm before the layer's attention. Off in EAGLE; on for EagleVLM's stability (SpecVLM, 3.1)
+    min_pixels           least pixels of the pictures that it learnt from, and `max_pixels` the most, where the target's
+                         processor scales them to an area
     draft_vocab_size     V', how many of the target's tokens it drafts: those of its tensor `d2t`; None drafts all
     tree                 the tree it was tuned for; engine options override it
     options              what only this method knows

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
-from speculens.drafters.rows import Rows
+from speculens.drafters.rows import Rows, behind
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import project, send
+from speculens.ops import gather_rows, project, send
 from speculens.values import read
 
 POSITIONS = ("auto", "contiguous", "original")
@@ -120,7 +120,7 @@ class HivisDrafter(EagleDrafter):
             positions = torch.arange(source.shape[1]).expand_as(source)
         index = torch.stack([source.clamp(min=0), take, positions])
         following, taken, positions = send(index, next_embeds.device)
-        return Rows(_rows(next_embeds, following), _rows(features.hidden, taken), positions, source)
+        return Rows(gather_rows(next_embeds, following), gather_rows(features.hidden, taken), positions, source)
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor:
         """[e ; f ; r_step] -> what enters the layer: (B, m, H)."""
@@ -135,9 +135,9 @@ class HivisDrafter(EagleDrafter):
         if self.options.border == "vllm" or not self.options.frame:
             return image
         start, end = self.options.frame
-        first, last = (features.tokens == start) & _next(image), (features.tokens == end) & _previous(image)
+        first, last = (features.tokens == start) & _next(image), (features.tokens == end) & behind(image)
         hidden = image | first | last
-        return hidden | _previous(last) if self.options.border == "after" else hidden
+        return hidden | behind(last) if self.options.border == "after" else hidden
 
 
 def _frame(model: Any) -> tuple[int, ...]:
@@ -153,18 +153,8 @@ def _next(marked: Tensor) -> Tensor:
     return torch.cat([marked[:, 1:], torch.zeros_like(marked[:, :1])], 1)
 
 
-def _previous(marked: Tensor) -> Tensor:
-    """(B, n) bool: is the row before each one marked?"""
-    return torch.cat([torch.zeros_like(marked[:, :1]), marked[:, :-1]], 1)
-
-
 def _indices(marked: Tensor) -> Tensor:
     """(B, n) bool -> (B, m) long: the marked columns of each row in order, then -1; m is the largest number of them."""
     counts = marked.sum(1, keepdim=True)
     order = torch.argsort(marked.int(), dim=1, descending=True, stable=True)[:, : int(counts.max())]
     return torch.where(torch.arange(order.shape[1], device=order.device) < counts, order, -1)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Of x (B, n, H) the rows index (B, m) -> (B, m, H)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

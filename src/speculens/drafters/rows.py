@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +33,8 @@ class Rows:
     memory: Tensor | None = None
     bias: Tensor | None = None
     notes: Sequence[Mapping[str, Any]] = ()
+
+
+def behind(marked: Tensor) -> Tensor:
+    """(B, n) bool: is the row before each one marked?"""
+    return torch.cat([torch.zeros_like(marked[:, :1]), marked[:, :-1]], 1)

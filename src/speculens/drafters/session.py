@@ -123,7 +123,7 @@ class HeadSession:
         last = self.cache.running - 1
         for part in (self._hidden, self._position, self._memory):
             part[row] = part[last]
-            part[last] = 0
+            part[last].zero_()
         self.cache.free(row)
 
     def _propose(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:

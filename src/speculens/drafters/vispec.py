@@ -23,7 +23,7 @@ from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
-from speculens.ops import project, send
+from speculens.ops import gather_rows, project, send
 from speculens.values import read
 
 FUSIONS = ("concat", "add", "none")
@@ -110,10 +110,10 @@ class ViSpecDrafter(EagleDrafter):
         query = torch.where(compressed, self.options.num_q - 2 - left, 0)
         device = next_embeds.device
         order, run, query, positions, direct = send(torch.stack([order, run, query, positions, compressed]), device)
-        direct, taken = direct.bool(), order[..., None].expand(-1, -1, next_embeds.shape[2])
+        direct = direct.bool()
         return Rows(
-            embeds=torch.where(direct[..., None], pictures[run, query], next_embeds.gather(1, taken)),
-            hidden=features.hidden.gather(1, taken),
+            embeds=torch.where(direct[..., None], pictures[run, query], gather_rows(next_embeds, order)),
+            hidden=gather_rows(features.hidden, order),
             positions=positions,
             source=source,
             direct=direct,

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from speculens.errors import UserError
 from speculens.server.errors import ApiError
 from speculens.server.guard import Gone, Guard
-from speculens.server.images import fetch
+from speculens.server.images import fetch, is_remote
 from speculens.server.metrics import Metrics
 from speculens.server.reply import Reply
 from speculens.server.schema import ChatRequest, ErrorBody
@@ -29,7 +29,7 @@ from speculens.server.wire import Ask, Messages, Piece
 
 T = TypeVar("T")
 
-FETCHERS = 16  # pictures that are fetched at a time
+FETCHERS = 16  # pictures of other sites that are fetched at a time
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 408, 413, 429, 503)
@@ -44,6 +44,7 @@ def create_app(settings: Settings, supervisor: Supervisor, metrics: Metrics) -> 
     answers: dict[int | str, dict[str, Any]] = {**ERRORS, 200: {"content": {"text/event-stream": {}}}}
     app.post("/v1/chat/completions", responses=answers, response_model=None)(desk.chat)
     app.get("/v1/models", responses=ERRORS, response_model=None)(desk.models)
+    app.get("/v1/models/{name:path}", responses=ERRORS, response_model=None)(desk.model)  # a name may hold slashes
     app.get("/health", responses=ERRORS, response_model=None)(desk.health)
     app.get("/metrics", responses=ERRORS, response_model=None)(desk.exposition)
     for path, data, kind in _page_files():
@@ -80,21 +81,13 @@ class _Desk:
         return JSONResponse(reply.whole())
 
     async def models(self) -> Response:
+        """The one model that is served, as a list."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
         """The one model that is served."""
-        facts, limits = dict(self._supervisor.facts), self._settings.limits
-        card = {
-            "id": self._settings.name,
-            "object": "model",
-            "created": self._born,
-            "owned_by": "speculens",
-            "max_model_len": facts.get("max_model_len"),
-            "speculens": {
-                **facts,
-                "remote_images": limits.remote_images,
-                "limits": {name: getattr(limits, name) for name in ("images", "image_pixels", "image_bytes")},
-            },
-        }
-        return JSONResponse({"object": "list", "data": [card]})
+        self._check_name(name)
+        return JSONResponse(self._card())
 
     async def health(self) -> Response:
         """Whether a request would be answered now; if not, why."""
@@ -107,11 +100,30 @@ class _Desk:
         """Counters, gauges and histograms for Prometheus."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _check(self, body: ChatRequest) -> None:
-        limits, name = self._settings.limits, self._settings.name
-        if body.model != name:
-            told = f"There is no model {body.model[:80]!r} here; this server has {name!r}."
+    def _card(self) -> dict[str, Any]:
+        facts, limits = dict(self._supervisor.facts), self._settings.limits
+        return {
+            "id": self._settings.name,
+            "object": "model",
+            "created": self._born,
+            "owned_by": "speculens",
+            "max_model_len": facts.get("max_model_len"),
+            "speculens": {
+                **facts,
+                "remote_images": limits.remote_images,
+                "limits": {name: getattr(limits, name) for name in ("images", "image_pixels", "image_bytes")},
+            },
+        }
+
+    def _check_name(self, name: str) -> None:
+        own = self._settings.name
+        if name != own:
+            told = f"There is no model {name[:80]!r} here; this server has {own!r}."
             raise ApiError(404, told, param="model", code="model_not_found")
+
+    def _check(self, body: ChatRequest) -> None:
+        limits = self._settings.limits
+        self._check_name(body.model)
         if body.choices > limits.choices:
             raise ApiError(400, f"n is at most {limits.choices} here.", param="n")
         if body.top_logprobs is not None and not body.logprobs:
@@ -142,7 +154,11 @@ class _Desk:
 
     async def _messages(self, body: ChatRequest) -> Messages:
         loop, limits = asyncio.get_running_loop(), self._settings.limits
-        fetched = (loop.run_in_executor(self._fetchers, fetch, url, limits) for url in body.urls())
+        deadline = time.monotonic() + limits.image_seconds
+        fetched = (  # slow sites hold up no picture that came along
+            loop.run_in_executor(self._fetchers if is_remote(url) else None, fetch, url, limits, deadline)
+            for url in body.urls()
+        )
         try:
             pictures = iter(await asyncio.gather(*fetched))
         except UserError as error:

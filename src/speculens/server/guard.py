@@ -43,15 +43,25 @@ class Guard:
         self._limits = settings.limits
         self._key = settings.api_key.encode() if settings.api_key else None
         self._hosts = {"localhost", settings.host.lower()} if is_loopback(settings.host) else None
-        self._held = 0  # bytes of all bodies that are being answered
+        self._held = 0  # bytes of all bodies that arrive or are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 0
+        begun, status, weight = time.monotonic(), 0, 0
         scope["state"] = {}
+
+        async def weighed() -> Message:
+            """What comes next, counted at once: a body that never ends is held, too."""
+            nonlocal weight
+            message = await receive()
+            size = len(message.get("body", b""))
+            weight += size
+            self._held += size
+            self._weigh(weight, beside=self._held - weight)
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -60,13 +70,10 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
             await send(message)
 
-        weight = 0
         try:
             headers = Headers(scope=scope)
             self._check(scope, headers)
-            body = await self._body(headers, receive)
-            weight = len(body)
-            self._held += weight
+            body = await self._body(headers, weighed)
             await self._app(scope, _again(body, receive), answer)
         except Gone:
             status = 499
@@ -101,7 +108,7 @@ class Guard:
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """All of it, however it is sent. Raises ApiError 413, 408 or 429."""
         announced = headers.get("content-length", "0")
-        self._weigh(int(announced) if announced.isdecimal() and len(announced) < 20 else 0)
+        self._weigh(int(announced) if announced.isdecimal() and len(announced) < 20 else 0, beside=self._held)
         data = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -110,17 +117,17 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         raise Gone
                     data += message.get("body", b"")
-                    self._weigh(len(data))
                     if not message.get("more_body", False):
                         return bytes(data)
         except TimeoutError:
             raise ApiError(408, "The request's body did not arrive in time.") from None
 
-    def _weigh(self, size: int) -> None:
+    def _weigh(self, size: int, beside: int) -> None:
+        """Whether so large a body may be held beside the bytes of the others. Raises ApiError 413 or 429."""
         limits = self._limits
         if size > limits.body_bytes:
             raise ApiError(413, f"The request is larger than {limits.body_bytes:,} bytes.", code="too_large")
-        if self._held + size > limits.body_bytes * limits.bodies:
+        if beside + size > limits.body_bytes * limits.bodies:
             raise ApiError(429, "Too many large requests are being answered: try again.", code="queue_full", retry=1)
 
 

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from speculens.errors import UserError
@@ -25,18 +25,21 @@ PORTS = {"http": 80, "https": 443}
 TUNNELS = tuple(map(ipaddress.ip_network, ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
 
 
-def fetch(url: str, limits: Limits) -> bytes:
-    """The bytes behind a data URI or an http(s) address. Raises UserError, which never quotes the data."""
+def fetch(url: str, limits: Limits, deadline: float) -> bytes:
+    """The bytes behind a data URI or an http(s) address. Raises UserError, which never quotes the data.
+
+    deadline  by the monotonic clock: an address that has not answered in full by then is given up
+    """
     if url[:5].lower() == "data:":
         if len(url) > limits.image_bytes * 3:  # as long as every byte is written %41
             raise UserError(f"A picture is larger than {limits.image_bytes:,} bytes.")
         data = decode_data_uri(url)
-    elif url[:8].lower().startswith(("http://", "https://")):
+    elif is_remote(url):
         if not limits.remote_images:
             raise UserError(
                 "This server fetches no pictures: send them as data URIs, or start it with --allow-remote-images."
             )
-        data = _download(url, limits)
+        data = _download(url, limits, deadline)
     else:
         raise UserError("A picture's url must be a data URI or an http(s) address.")
     if not data:
@@ -44,6 +47,11 @@ def fetch(url: str, limits: Limits) -> bytes:
     if len(data) > limits.image_bytes:
         raise UserError(f"A picture is larger than {limits.image_bytes:,} bytes.")
     return data
+
+
+def is_remote(url: str) -> bool:
+    """Whether somebody else has to answer for the picture."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def public_address(host: str, port: int) -> str:
@@ -71,8 +79,7 @@ def is_public(address: str) -> bool:
     return place.is_global and not (place.is_multicast or place.is_reserved or place.is_unspecified)
 
 
-def _download(url: str, limits: Limits) -> bytes:
-    deadline = time.monotonic() + limits.image_seconds
+def _download(url: str, limits: Limits, deadline: float) -> bytes:
     for _ in range(REDIRECTS + 1):
         place = _parsed(url)
         try:
@@ -86,6 +93,9 @@ def _download(url: str, limits: Limits) -> bytes:
                 if answer.status != 200:
                     raise UserError(f"The picture's server answered {answer.status}.")
                 data = answer.read(limits.image_bytes + 1)
+                # Reading so many bytes raises nothing when the answer breaks off, or is cut, before its end.
+                if len(data) <= limits.image_bytes and (answer.length or time.monotonic() >= deadline):
+                    raise http.client.IncompleteRead(data, answer.length)
         except (OSError, ValueError, http.client.HTTPException) as error:
             late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
             why = f"did not arrive within {limits.image_seconds:g} seconds" if late else "could not be fetched"
@@ -113,27 +123,42 @@ def _blank(url: str) -> bool:
 def _connected(place: SplitResult, deadline: float) -> Iterator[http.client.HTTPConnection]:
     """A connection to the very address that was checked, cut at the deadline however slowly it trickles."""
     host, port = str(place.hostname), place.port or PORTS[place.scheme]
+    _left(deadline)  # whoever waited too long for its turn need not look up a name
     address = public_address(host, port)
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    stream = socket.create_connection((address, port), timeout=left)
-    cut = threading.Timer(max(deadline - time.monotonic(), 0), _hang_up, (stream,))
-    cut.daemon = True
-    cut.start()
-    connection = http.client.HTTPConnection(host, port)
-    try:
+    with (
+        socket.create_connection((address, port), timeout=_left(deadline)) as stream,
+        _cut(stream, deadline),
+        closing(http.client.HTTPConnection(host, port)) as connection,
+    ):
         secure = place.scheme == "https"
         connection.sock = ssl.create_default_context().wrap_socket(stream, server_hostname=host) if secure else stream
         yield connection
-    finally:
-        cut.cancel()
-        connection.close()
-        stream.close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+@contextmanager
+def _cut(stream: socket.socket, deadline: float) -> Iterator[None]:
+    """A block in which a connection ends at the deadline, whoever waits for it.
+
+    By a descriptor of its own: TLS takes that of `stream` away with its first step, the handshake.
+    """
+    with stream.dup() as own:
+        cut = threading.Timer(max(deadline - time.monotonic(), 0), _hang_up, (own,))
+        cut.daemon = True
+        cut.start()
+        try:
+            yield
+        finally:
+            cut.cancel()
+            cut.join()  # or it could meet the descriptor's next owner
 
 
 def _hang_up(stream: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it has ended by itself
         stream.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it has ended by itself
-        return

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-GREEDY = 1e-5  # below this temperature, division would overflow; vLLM draws the same line
+NGRAM = 64  # tokens of no_repeat_ngram_size: each node's past is compared in windows of so many at once
 
 
 def _sound(text: str) -> str:
@@ -19,6 +19,17 @@ def _sound(text: str) -> str:
 
 
 Words: TypeAlias = Annotated[str, AfterValidator(_sound)]
+
+
+def _only(*neutral: Any) -> AfterValidator:
+    """Accept what has no effect; refuse the rest rather than leave it out silently."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in neutral:
+            raise ValueError("this server does not support it; leave it out")
+        return value
+
+    return AfterValidator(check)
 
 
 class Part(BaseModel):
@@ -52,12 +63,16 @@ Content: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")
 
 
 class Message(Part):
-    """One turn; `name` and `refusal` are taken and have no effect."""
+    """One turn. `name` and `refusal` are taken and have no effect; what follows must be empty, as in our answers."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Words | Annotated[list[Content], Field(min_length=1, max_length=1024)]
     name: str | None = None
     refusal: str | None = None
+    annotations: Annotated[list[Any] | None, _only([])] = None
+    audio: Annotated[Any, _only()] = None
+    function_call: Annotated[Any, _only()] = None
+    tool_calls: Annotated[list[Any] | None, _only([])] = None
 
 
 class StreamOptions(Part):
@@ -72,17 +87,6 @@ class Extension(Part):
 
     steps: bool = False
     baseline: bool = False
-
-
-def _only(*neutral: Any) -> AfterValidator:
-    """Accept what has no effect; refuse the rest rather than leave it out silently."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in neutral:
-            raise ValueError("this server does not support it; leave it out")
-        return value
-
-    return AfterValidator(check)
 
 
 Text: TypeAlias = Annotated[Words, Field(min_length=1, max_length=1024)]
@@ -103,6 +107,8 @@ class ChatRequest(Part):
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=NGRAM)] | None = None
+    ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     logprobs: bool | None = None
@@ -116,8 +122,16 @@ class ChatRequest(Part):
     tools: Annotated[list[Any] | None, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     functions: Annotated[list[Any] | None, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
     response_format: Annotated[dict[str, Any] | None, _only({"type": "text"})] = None
     modalities: Annotated[list[str] | None, _only(["text"])] = None
+    audio: Annotated[Any, _only()] = None
+    min_tokens: Annotated[int | None, _only(0)] = None
+    moderation: Annotated[Any, _only()] = None
+    prediction: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[str | None, _only("none")] = None
+    verbosity: Annotated[str | None, _only("medium")] = None
+    web_search_options: Annotated[Any, _only()] = None
 
     # What changes nothing here.
     user: str | None = None
@@ -127,6 +141,8 @@ class ChatRequest(Part):
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -157,13 +173,14 @@ class ChatRequest(Part):
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling`, without `max_new_tokens`. A request without a seed gets one by chance."""
-        temperature = 1.0 if self.temperature is None else self.temperature
         return {
-            "temperature": 0.0 if temperature < GREEDY else temperature,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(self.top_k or 0, 0),
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty or 1.0,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size or 0,
+            "ignore_eos": bool(self.ignore_eos),
             "seed": secrets.randbits(62) if self.seed is None else self.seed,
             "stop": self.stops,
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,

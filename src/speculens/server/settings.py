@@ -14,7 +14,7 @@ class Model:
     drafter   folder, hub id, or the name of one that needs no weights
     tree      changes of the drafter's own tree: num_steps, topk, num_draft_tokens
     sized     choose each step's tree by cost and acceptance instead
-    length    tokens of prompt and answer to make room for; None takes the engine's default
+    length    tokens of prompt and answer to make room for; None: what the model can look at, at most 4,096
     slots     sequences that run side by side
     baseline  also keep an engine without a drafter, of one slot, for requests that ask for it
     capture   whether a GPU's steps are recorded; `off`: never

@@ -176,13 +176,16 @@ class Supervisor:
     # Requests
 
     def open(self, places: int) -> Ticket:
-        """A place for a request of so many sequences. Raises ApiError 503 or 429."""
-        status = self.status
-        if status.name != "ok":
-            raise ApiError(503, f"The server cannot answer now: {status.reason}.", code=status.name, retry=5)
-        with self._lock:
+        """A place for a request of so many sequences. Raises ApiError 400, 503 or 429."""
+        house = self._model.slots + self._limits.queue
+        if places > house:
+            raise ApiError(400, f"n is at most {house} here.", param="n")
+        with self._lock:  # or the worker could be lost before the ticket is where all are told of it
+            status = self.status
+            if status.name != "ok":
+                raise ApiError(503, f"The server cannot answer now: {status.reason}.", code=status.name, retry=5)
             taken = sum(ticket.places for ticket in self._tickets.values())
-            if taken + places > self._model.slots + self._limits.queue:
+            if taken + places > house:
                 raise ApiError(429, f"The queue is full ({taken} sequences): try again.", code="queue_full", retry=1)
             ticket = Ticket(next(self._numbers), places, self._limits, self._leave)
             self._tickets[ticket.number] = ticket
@@ -255,7 +258,8 @@ class Supervisor:
     def _lose(self, reason: str) -> None:
         """The worker is gone: tell everybody who waits for it."""
         log.error("%s; a new one is started", reason)
-        self._status = Status("starting", f"{reason}; a new one is loading")
+        with self._lock:
+            self._status = Status("starting", f"{reason}; a new one is loading")
         self._occupied = 0
         self._end_all(ApiError(503, f"The answer was lost: {reason}.", code="worker_lost", retry=5))
 

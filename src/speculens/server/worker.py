@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from speculens.answer import runs
@@ -27,8 +27,8 @@ from speculens.checkpoints import load_drafter
 from speculens.conversation import Conversation
 from speculens.conversation import Message as Turn
 from speculens.drafters.base import reshaped
-from speculens.engine import Engine
-from speculens.errors import UserError
+from speculens.engine import Engine, slot_rows
+from speculens.errors import UserError, lacks_memory
 from speculens.pictures import load_image
 from speculens.sampling import Logprob, Sampling
 from speculens.server.errors import origin_of
@@ -36,7 +36,7 @@ from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Broken, Cancel, Event, Occupied, Piece, Ready, Refusal, Warming
 from speculens.slot import Slot, Step
 from speculens.targets import Prompt, Target, load_target
-from speculens.text import TextStream
+from speculens.text import TextStream, spell
 from speculens.tree import DraftTree
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def main(pipe: Any, model: Model, limits: Limits) -> None:
     try:
         engine, alone = load(model)
         if model.warm_up:
-            warm_up(engine, alone, lambda done, total: pipe.send([Warming(done, total)]))
+            with _memory_for(*_slots(model, engine.target, engine.capacity)):
+                warm_up(engine, alone, lambda done, total: pipe.send([Warming(done, total)]))
         pipe.send([Ready(facts(model, engine))])
         Worker(pipe, engine, alone, limits).run()
     except UserError as error:
@@ -70,26 +71,49 @@ def main(pipe: Any, model: Model, limits: Limits) -> None:
 
 def load(model: Model) -> tuple[Engine, Engine | None]:
     """The engine, and the one without a drafter if it is wanted. Raises UserError."""
-    target = load_target(
-        model.target, dtype=model.dtype, device=model.device, device_map=model.device_map, revision=model.revision
-    )
-    drafter = load_drafter(model.drafter, dtype=target.dtype, device=target.device, target=target)
-    chunk = model.prefill_chunk
-    engine = Engine(
-        target,
-        drafter,
-        slots=model.slots,
-        capacity=model.length,
-        shape="auto" if model.sized else reshaped(drafter, model.tree),
-        prefill_chunk=chunk,
-        capture=model.capture,
-    )
-    alone = (
-        Engine(target, slots=1, capacity=engine.capacity, prefill_chunk=chunk, capture=model.capture)
-        if model.baseline
-        else None
-    )
+    with _memory_for(f"the weights of {model.target}", "give --dtype bfloat16 or spread them by --device-map auto"):
+        target = load_target(
+            model.target, dtype=model.dtype, device=model.device, device_map=model.device_map, revision=model.revision
+        )
+        drafter = load_drafter(model.drafter, dtype=target.dtype, device=target.device, target=target)
+    rows, chunk = slot_rows(model.length, target.context), model.prefill_chunk
+    with _memory_for(*_slots(model, target, rows)):
+        engine = Engine(
+            target,
+            drafter,
+            slots=model.slots,
+            capacity=rows,
+            shape="auto" if model.sized else reshaped(drafter, model.tree),
+            prefill_chunk=chunk,
+            capture=model.capture,
+        )
+        alone = (
+            Engine(target, slots=1, capacity=rows, prefill_chunk=chunk, capture=model.capture)
+            if model.baseline
+            else None
+        )
     return engine, alone
+
+
+@contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """A block that may need more memory than there is. Raises UserError then: for what, and what would help."""
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise UserError(f"There is not enough memory for {what}: {remedy}.") from None
+
+
+def _slots(model: Model, target: Target, rows: int) -> tuple[str, str]:
+    """What the slots hold, and how to hold less."""
+    size = target.session(slots=1, capacity=1).nbytes * rows * (model.slots + model.baseline) / 2**30
+    alone = ", or add --no-baseline" if model.baseline else ""
+    return (
+        f"{model.slots} slots of {rows:,} rows ({size:,.2f} GiB of keys and values)",
+        f"lower --max-num-seqs or --max-model-len{alone}",
+    )
 
 
 def give_back() -> None:
@@ -348,7 +372,7 @@ def _refusal(number: int, error: Exception) -> Refusal:
     """What a request is told that failed. Of our own mistakes, or the model's, the log tells where, and never more."""
     if isinstance(error, UserError):
         return Refusal(number, 400, " ".join(str(error).split()))
-    if isinstance(error, torch.OutOfMemoryError):
+    if lacks_memory(error):
         return Refusal(number, 503, "There is not enough memory for this prompt now.")
     log.error("request %d failed: %s at %s", number, type(error).__name__, origin_of(error))
     return Refusal(number, 500, f"The model failed on this request ({type(error).__name__}).")
@@ -359,18 +383,8 @@ def picture(tokenizer: Any, tree: DraftTree, kept: list[int]) -> Mapping[str, An
 
     kept  the drafted tokens that were emitted
     """
-    tokens, parents, live = (part[0].tolist() for part in (tree.tokens, tree.parents, tree.live))
-    shown = [node for node in range(len(tokens)) if live[node] or node == 0]
-    place = {node: index for index, node in enumerate(shown)}
-    children = {(parents[node], tokens[node]): node for node in shown if node}
-    path = [0]
-    for token in kept:
-        path.append(children[path[-1], token])
-    return {
-        "tokens": [tokenizer.decode([tokens[node]]) for node in shown],
-        "parents": [place[parents[node]] for node in shown],
-        "accepted": [place[node] for node in path],
-    }
+    tokens, parents, path = tree.outline(kept)
+    return {"tokens": [spell(tokenizer, token)[0] for token in tokens], "parents": parents, "accepted": path}
 
 
 def _named(tokenizer: Any, entry: Logprob) -> dict[str, Any]:
@@ -380,5 +394,5 @@ def _named(tokenizer: Any, entry: Logprob) -> dict[str, Any]:
 
 
 def _priced(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token])
-    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
+    text, data = spell(tokenizer, token)
+    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(data)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +30,7 @@ from speculens.targets.fused import FusedDecoder, fuse
 from speculens.targets.processing import encode, image_token_id
 from speculens.targets.prompt_graphs import PromptGraphs
 from speculens.targets.segments import foresees
+from speculens.targets.tower_graphs import TowerGraphs, towers_of
 from speculens.tree import DraftTree
 
 
@@ -49,10 +51,18 @@ class Prompt:
         return len(self.ids)
 
 
+# What layers of a target's decoder may be. Recurrent ones have no rows to keep or forget, others have another mask.
+LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
+
+
 class Target:
-    """A frozen model with its processor. Holds no state of any request: that lives in a `TargetSession`."""
+    """A frozen model with its processor. Holds no state of any request: that lives in a `TargetSession`.
+
+    Raises UserError if the model's text decoder is of a build that a draft tree cannot be checked by.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
+        _check_build(model)
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.decoder = model.get_decoder()
@@ -63,6 +73,7 @@ class Target:
         self._softcap_applies: bool | None = None
         self._fused: FusedDecoder | None = None
         self._fusible = True
+        self._towers: list[TowerGraphs] = []
 
     # What the model is
 
@@ -216,7 +227,10 @@ class Target:
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with for_any_shape(self.device):  # pictures come in many sizes, and towers use torch's attention
+            with ExitStack() as blocks:
+                blocks.enter_context(for_any_shape(self.device))  # pictures have many, and towers use torch's attention
+                for tower in self._towers:
+                    blocks.enter_context(tower.in_place())
                 self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         except _StoppedError:
             pass
@@ -225,6 +239,12 @@ class Target:
         if "inputs_embeds" not in caught:
             raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
         return caught
+
+    def record_towers(self) -> None:
+        """From now on record passes over pictures whose sizes come again (`tower_graphs.py`), where they can be."""
+        if not self._towers and self.can_be_captured:
+            towers = [TowerGraphs(tower, self.device) for tower in towers_of(self.model)]
+            self._towers = [tower for tower in towers if tower.recorder.on]
 
     def fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of the model's forward on its device, pictures in its dtype."""
@@ -266,6 +286,23 @@ class Target:
         plain = self.head(hidden).float()
         capped = torch.tanh(plain / self._softcap) * self._softcap
         self._softcap_applies = bool((own - capped).abs().max() < (own - plain).abs().max())
+
+
+def _check_build(model: PreTrainedModel) -> None:
+    """Causal layers of attention, one list of them, and pictures among their rows."""
+    text = model.config.get_text_config()
+    wrong = ""
+    if foreign := sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES):
+        wrong = f"has layers of the kind {' and '.join(foreign)}"
+    elif getattr(text, "cross_attention_layers", None) or model.config.is_encoder_decoder:
+        wrong = "sees pictures by cross-attention"
+    elif not hasattr(model.get_decoder(), "layers"):
+        wrong = "is not one list of layers"
+    if wrong:
+        raise UserError(
+            f"A '{model.config.model_type}' model cannot be a target: its text decoder {wrong}, and draft trees are "
+            "checked by causal self-attention alone."
+        )
 
 
 class _StoppedError(Exception):
@@ -342,7 +379,7 @@ class TargetSession:
             target.calibrate(prompt.inputs, hidden[0, -1])
             logits = target.logits(hidden[:, -1:])
             positions = door.get("position_ids")
-            self._offsets[row] = 0 if positions is None else _turned(positions).amax() + 1 - rows
+            self._offsets[row].fill_(0 if positions is None else _turned(positions).amax() + 1 - rows)
         features = Features(
             tokens=prompt.ids[None],
             hidden=hidden.to(target.device),
@@ -366,6 +403,7 @@ class TargetSession:
 
         place  of the graphs of the steps, which run in turn with these
         """
+        self.target.record_towers()
         if self._graphs is None and self._fused:
             self._graphs = PromptGraphs(self._fused, self.cache, self.target.embedding.weight, place)
         if self._graphs is None or not self._graphs.recorder.on:

@@ -134,6 +134,15 @@ def image_token_id(config: PreTrainedConfig) -> int:
     raise UserError(f"A {config.model_type} model names no image token, so its picture rows cannot be found.")
 
 
+def pixel_bounds(processor: Any) -> tuple[int | None, int | None]:
+    """Least and most pixels of a picture, where the processor scales pictures to an area; else None and None."""
+    images = getattr(processor, "image_processor", None)
+    size = getattr(images, "size", None)
+    least, most = (getattr(size, name, None) for name in ("shortest_edge", "longest_edge"))
+    # Other processors mean the length of an edge; those whose patches are merged mean areas.
+    return (least, most) if least and most and hasattr(images, "merge_size") else (None, None)
+
+
 def _require_template(processor: Any, config: PreTrainedConfig) -> None:
     if processor.chat_template is None and config.model_type not in PLAIN_PROMPT:
         raise UserError(

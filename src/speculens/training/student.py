@@ -16,6 +16,7 @@ from speculens.errors import UserError
 from speculens.features import Features
 from speculens.ops import send
 from speculens.targets.base import Target
+from speculens.targets.processing import pixel_bounds
 from speculens.training.batches import Batch
 from speculens.training.config import DrafterRecipe, Unroll
 from speculens.training.unroll import Lesson, unroll
@@ -26,6 +27,7 @@ def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
     kind, text = METHODS[recipe.method], target.text_config
     heads = text.num_attention_heads
     queries = getattr(target.decoder.layers[0].self_attn, "q_proj", None)
+    least, most = pixel_bounds(target.processor)
     config = DrafterConfig(
         speculator_type=recipe.method,
         target_hidden_size=target.hidden_size,
@@ -37,6 +39,8 @@ def make_drafter(recipe: DrafterRecipe, target: Target) -> TrainedDrafter:
         head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
         image_contract=kind.image_contract,
         draft_vocab_size=recipe.draft_vocab_size,
+        min_pixels=least,
+        max_pixels=most,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(text),
         qkv_bias=getattr(queries, "bias", None) is not None,

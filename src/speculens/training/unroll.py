@@ -28,7 +28,7 @@ from torch import Tensor
 from speculens.attention import causal_attention
 from speculens.drafters import TrainedDrafter
 from speculens.drafters.layer import masked_attention
-from speculens.drafters.rows import Rows
+from speculens.drafters.rows import Rows, behind
 from speculens.training.config import Objective, Unroll
 from speculens.training.losses import Head, Losses, objective
 
@@ -104,7 +104,7 @@ class Survival:
         begun = place >= step
         if self._alive is None:
             return begun
-        alive = _behind(self._alive) if self._select == "chain" else self._alive
+        alive = behind(self._alive) if self._select == "chain" else self._alive
         return begun & alive[row, place]
 
     def observe(self, hits: Tensor) -> None:
@@ -112,7 +112,7 @@ class Survival:
         row, place = self._lesson.place
         table = torch.zeros(self._lesson.shape, dtype=torch.bool, device=hits.device)
         table[row, place] = hits
-        self._alive = table if self._alive is None else table & _behind(self._alive)
+        self._alive = table if self._alive is None else table & behind(self._alive)
 
 
 def lesson_losses(lesson: Lesson, head: Head, terms: Objective, plan: Unroll, chunk: int) -> Losses:
@@ -137,8 +137,3 @@ def lesson_losses(lesson: Lesson, head: Head, terms: Objective, plan: Unroll, ch
             figures |= {f"{name}.{step}": value for name, value in found.terms.items()}
             figures |= {f"agreement.{step}": found.agreement, f"kept.{step}": kept.sum() / max(len(kept), 1)}
     return replace(first, total=total, terms=figures)
-
-
-def _behind(marked: Tensor) -> Tensor:
-    """(B, m) bool: is the row before each one marked?"""
-    return torch.cat([torch.zeros_like(marked[:, :1]), marked[:, :-1]], dim=1)
