@@ -382,6 +382,22 @@ def test_workers_prepare_the_same_batches_and_end():
     assert not torch.multiprocessing.active_children()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_worker_of_a_run_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoder, "row", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"One of 2 workers was killed while it prepared batches.*--resume-from latest"):
+        train(recipe(tmp_path, workers=2), target=speaker("llava"), rows=answered("llava"))
+
+
+def test_other_errors_of_a_run_are_not_taken_for_a_killed_worker():
+    source, encoder = Listed(answered("llava")), Encoder(speaker("llava"), 4096)
+    with (
+        pytest.raises(RuntimeError, match="mine"),
+        stream(encoder.fresh(source), encoder, Order([1, 2, 3], 2, 0), 0, pin=False),
+    ):
+        raise RuntimeError("mine")
+
+
 # --- rows that are kept encoded
 
 

@@ -333,7 +333,10 @@ def attempt(read: Callable[[], Row]) -> Row | UserError:
 
 @contextmanager
 def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
-    """Batches in order, without end, prepared ahead by `workers` processes, which end with the context."""
+    """Batches in order, without end, prepared ahead by `workers` processes, which end with the context.
+
+    Raises UserError if one of them dies.
+    """
     # Forked, not spawned: processors with a class made at run time cannot be pickled. Workers never touch the GPU.
     forked = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
@@ -350,6 +353,13 @@ def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: b
     batches = iter(loader)
     try:
         yield batches
+    except RuntimeError as error:  # torch raises it wherever this process is just then
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"One of {workers} workers was killed while it prepared batches, most likely because memory ran out: lower "
+            "workers or free memory, and go on with --resume-from latest."
+        ) from error
     finally:
         if workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way to end them
