@@ -351,18 +351,26 @@ def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: b
         multiprocessing_context=forked,
     )
     batches = iter(loader)
+    with _told_of_death(workers):
+        try:
+            yield batches
+        finally:
+            if workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - nothing public ends them
+
+
+@contextmanager
+def _told_of_death(workers: int) -> Iterator[None]:
+    """A UserError for what torch raises when a worker dies, wherever this process is just then."""
     try:
-        yield batches
-    except RuntimeError as error:  # torch raises it wherever this process is just then
+        yield
+    except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
             f"One of {workers} workers was killed while it prepared batches, most likely because memory ran out: lower "
             "workers or free memory, and go on with --resume-from latest."
         ) from error
-    finally:
-        if workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way to end them
 
 
 def _same(batch: Any) -> Any:
