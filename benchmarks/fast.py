@@ -371,7 +371,7 @@ def _compared(name: str, answers: Mapping[str, Sequence[Answer]], base: str = NO
     return entry.to_dict() | {
         "median_speedup": median,
         "quartiles": [low, high],
-        "efficiency": median / length if length else None,
+        "efficiency": entry.walltime_speedup / length if length else None,
         "ms_a_token": 1e3 * decoding / max(1, entry.tokens - len(ratios)),
         "time_to_first_token_ms": 1e3 * statistics.median(answer.time_to_first_token for answer in entry.answers),
     }

@@ -63,7 +63,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for size, cases in _sized(target, from_files(PROMPTS[:1]), given.limit, given.how, given.sizes):
         seconds = given.minutes * 60 / len(given.sizes)
-        made = measured(target, drafters, cases, asking, given, seconds, f"{size}")
+        made = measured(target, drafters, cases, asking, given, seconds, f"{size}", closer=0)
         prompt = prompts_of(target, cases[:1], asking)[0]
         prefills = {name: prefill_seconds(target, drafter, prompt) for name, drafter in drafters.items()}
         visual = made["drafters"]["none"][POOLED]["num_visual_tokens"] / made["questions"]
