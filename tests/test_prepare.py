@@ -2,9 +2,11 @@
 
 import base64
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from jsonlines import read, write
@@ -42,6 +44,9 @@ BAD = [
     {"id": "gone too", "image": "gone/really.png", "turns": ["What?"]},
     {"id": "mute", "messages": []},
 ]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000  # more than Python's reader of JSON goes down
 
 
 @pytest.fixture
@@ -100,30 +105,58 @@ def test_pictures_without_a_file(folder, tmp_path):
         assert all(same(JsonLines([out])[i], JsonLines([rows])[i]) for i in range(2))
 
 
+@pytest.mark.parametrize("way", ["file", "uri"])
+def test_a_kill_leaves_no_half_of_a_picture_under_its_name(way, folder, tmp_path, monkeypatch):
+    uri = "data:image/png;base64," + base64.b64encode((folder / "a.png").read_bytes()).decode()
+    rows = write(folder / "one.jsonl", [{"id": 1, "image": "a.png" if way == "file" else uri, "turns": ["What?"]}])
+    write_bytes = Path.write_bytes
+
+    def killed(file):
+        write_bytes(file, (folder / "a.png").read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    if way == "file":
+        monkeypatch.setattr(Path, "write_bytes", lambda file, _: killed(file))
+    else:
+        monkeypatch.setattr(Image.Image, "save", lambda _picture, file, _kind: killed(file))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(JsonLines([rows]), tmp_path / "out.jsonl", Selection(copy_images=True))
+    monkeypatch.undo()
+    prepare(JsonLines([rows]), tmp_path / "out.jsonl", Selection(copy_images=True))
+    assert same(JsonLines([tmp_path / "out.jsonl"])[0], JsonLines([rows])[0])
+    assert len(list((tmp_path / "out_images").iterdir())) == 1
+
+
 def test_arrays_are_read_like_lines(folder):
     rows = [*ROWS, {"id": "é", "turns": ['ß "[,]" 語']}]
     array = folder / "rows.json"
-    for text in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False), f"\n {json.dumps(rows)} \n"):
-        array.write_text(text, encoding="utf-8")
-        source = JsonLines([array])
-        assert [source.row(i) for i in range(len(source))] == rows
+    texts = (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False), f"\n {json.dumps(rows)} \n")
+    for text in (*texts, "\n".join(map(json.dumps, rows))):
+        for encoding in ("utf-8", "utf-8-sig"):
+            array.write_text(text, encoding=encoding)
+            source = JsonLines([array])
+            assert [source.row(i) for i in range(len(source))] == rows
     array.write_text("[]")
     assert len(JsonLines([array])) == 0
     for text in ("[", '[{"id": 1}', '[{"id": 1}, {"id"'):
         array.write_text(text)
         with pytest.raises(UserError, match="no whole JSON array"):
             JsonLines([array])
+    array.write_text(f"[1, {DEEP}]")
+    with pytest.raises(UserError, match="nested too deeply to be read, at byte 4"):
+        JsonLines([array])
 
 
 def test_refusals_are_named_and_counted_by_reason(folder, tmp_path):
-    rows = write(folder / "bad.jsonl", [ROWS[0], *BAD, '{"id": "torn', ROWS[2]])
+    rows = write(folder / "bad.jsonl", [ROWS[0], *BAD, '{"id": "torn', f'{{"id": {DEEP}}}', ROWS[2]])
     out = tmp_path / "out.jsonl"
     report = prepare(JsonLines([rows]), out).to_dict()
-    assert (report["read"], report["rows"], report["refused"]) == (6, 2, 4)
-    assert sorted(report["reasons"].values()) == [1, 1, 2]
+    assert (report["read"], report["rows"], report["refused"]) == (7, 2, 5)
+    assert sorted(report["reasons"].values()) == [1, 1, 1, 2]
     assert report["reasons"]["Cannot use … as a picture: there is no such file."] == 2
     errors = read(tmp_path / "out_error.jsonl")
-    assert [error["id"] for error in errors] == ["gone", "gone too", "mute", "row-5"]
+    assert [error["id"] for error in errors] == ["gone", "gone too", "mute", "row-5", "row-6"]
+    assert errors[4]["error"] == f"Row 6 of {rows} is nested too deeply to be read."
     assert "gone/really.png" in errors[1]["error"]
     prepare(JsonLines([folder / "rows.jsonl"]), out, Selection(overwrite=True))
     assert not (tmp_path / "out_error.jsonl").exists()  # nothing is left of an earlier run
@@ -146,6 +179,20 @@ def test_an_id_for_every_row():
     assert [names.name(row, place) for place, row in enumerate(rows)] == [
         *("a", "a#2", "row-3", "a#2#2", 3, "3#2", "row-7", "row-8", "row-9")
     ]
+
+
+def test_an_id_that_comes_often_is_numbered_without_counting_up():
+    class Word(str):
+        __slots__ = ()
+        formatted = 0
+
+        def __format__(self, spec):
+            Word.formatted += 1
+            return super().__format__(spec)
+
+    names = Names()
+    assert [names.name({"id": Word("a")}, place) for place in range(300)] == ["a", *(f"a#{n}" for n in range(2, 301))]
+    assert Word.formatted == 299
 
 
 def test_order_and_limit(folder, tmp_path):

@@ -213,7 +213,7 @@ def test_every_prefix_of_the_file_is_gone_on_from(alone, folder, target):
     for cut in [0, len(whole), ends[4], ends[4] - 1, ends[4] + 1, *(rng.randrange(len(whole)) for _ in range(5))]:
         out.write_bytes(whole[:cut])
         outcome = answer(JsonLines([folder / "rows.jsonl"]), out, target)
-        kept = sum(end <= cut for end in ends)
+        kept = sum(end - 1 <= cut for end in ends)  # of a whole row, nothing but the line break may be missing
         assert (outcome.skipped, outcome.success) == (kept, 8 - kept)
         assert by_id(out) == alone
 
@@ -301,16 +301,65 @@ def test_other_settings_do_not_mix(folder, target, tmp_path):
 def test_a_journal_mends_only_its_end(tmp_path):
     file = tmp_path / "rows.jsonl"
     good = b'{"id": 1}\n'
-    for torn in (b"", b'{"id": 2', b'{"id": 2}', b"\0\0\0\n", b"{}\n", b"[]\n"):
-        file.write_bytes(good + torn)
-        with Journal(file) as journal:
-            assert (len(journal), 1 in journal, 2 in journal) == (1, True, False)
-            journal.add({"id": 2, "text": "é\ud800"})
-        assert [row["id"] for row in read(file)] == [1, 2]
-    file.write_bytes(b"not json\n" + good)
-    with pytest.raises(UserError, match="Line 1 of"):
+    for kept in (b"", good, good[:-1]):  # a whole row stays, also one whose line break is missing
+        for torn in (b"", b'{"id": 2', b'{"id": "\xc3', b"{", *([b"\0\0\0\n"] if kept else [])):
+            file.write_bytes(good * (kept != b"" and torn != b"") + (torn or kept))
+            with Journal(file) as journal:
+                assert (len(journal), 1 in journal, 2 in journal) == (bool(kept), bool(kept), False)
+                journal.add({"id": 2, "text": "é\ud800"})
+            assert [row["id"] for row in read(file)] == [1, 2][not kept :]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"precious": 1}',
+        '{"precious": ',
+        "precious",
+        "{\n",
+        "[",
+        '[\n{"id": 1}\n]\n',
+        'not json\n{"id": 1}\n',
+        '{"id": 1}\n{}\n',
+        '{"id": 1}\n{}',
+        '{"id": 1}\n[]\n',
+        '{"id": 1}\n{"id": \n{"id": 2}\n',
+        f'{{"id": {"[" * 5000}{"]" * 5000}}}\n{{"id": 1}}\n',
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_stays(text, tmp_path):
+    file = tmp_path / "mine"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"Line \d of .*mine is no row of an earlier run: choose another output"):
         Journal(file)
-    assert file.read_bytes() == b"not json\n" + good
+    assert file.read_text() == text
+
+
+def test_rows_of_somebody_else_are_refused_and_stay(folder, target, tmp_path):
+    """Their ids make them look like ours; what our own say beside is missing. The last one lacks its line break."""
+    text = "\n".join(json.dumps(row) for row in rows_of(2))
+    source, out, errors = JsonLines([folder / "rows.jsonl"]), tmp_path / "out.jsonl", tmp_path / "out_error.jsonl"
+    out.write_text(text)
+    with pytest.raises(UserError, match=r"Row 'r0' of .* was answered by another target"):
+        answer(source, out, target)
+    errors.write_text(out.read_text())
+    out.unlink()
+    with pytest.raises(UserError, match="Row 'r0' of the error file beside the output is no refusal"):
+        answer(source, out, target, retry_errors=True)
+    assert errors.read_text() == text
+
+
+def test_the_input_is_never_the_output(tmp_path, capsys):
+    """Said before the target is looked for."""
+    rows = write(tmp_path / "a_error.jsonl", rows_of(2))
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    text = rows.read_text()
+    for out in (rows, tmp_path / "sub" / ".." / "a_error.jsonl", tmp_path / "link.jsonl", tmp_path / "a.jsonl"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        for command in (["respond", "--target", "nowhere"], ["prepare-data", "--overwrite"]):
+            assert cli.main([command[0], str(rows), "--out", str(out), *command[1:]]) == 2
+            assert "would be written over: choose another output" in capsys.readouterr().err
+    assert rows.read_text() == text
 
 
 def test_only_one_process_writes(tmp_path):

@@ -6,8 +6,13 @@ import copy
 import errno
 import functools
 import json
+import multiprocessing
+import os
+import select
+import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +22,19 @@ from safetensors.torch import load_file
 from testbed import train_drafters
 
 import tiny
-from speculens.checkpoints import load_drafter, save_drafter
+from speculens.checkpoints import load_drafter, save_drafter, whole
 from speculens.conversation import Conversation, Message
 from speculens.data.sources import PICTURE, JsonLines, Listed
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets import Target
-from speculens.training import Recipe, checkpoint, load_recipe, train
+from speculens.targets.processing import described
+from speculens.training import Recipe, checkpoint, encode, load_recipe, train
 from speculens.training.batches import Encoder, Order, attempt, collate, stream, trains
 from speculens.training.config import Optimiser, read_recipe
-from speculens.training.encoded import encoded
+from speculens.training.encoded import AHEAD, _made, encoded
+from speculens.training.measure import exam
 from speculens.training.student import make_drafter
 from speculens.training.trainer import factor
 
@@ -248,6 +255,7 @@ def test_messages_after_the_last_answer_are_left_out():
     ("row", "max_length", "said"),
     [
         (talk("What?", pictures={0: 1}), 4096, "no answer"),
+        (Conversation((Message("assistant", ("Hi.",)), *talk("What?", "Bars.").messages)), 4096, "no message before"),
         (talk("What?", "Bars.", "And this?", "Lines.", pictures={0: 1, 2: 1}), 20, "cut at max_length 20 in or before"),
         (talk("What is this very long question about?", "Bars.", pictures={0: 1}), 25, "no answer is left"),
     ],
@@ -255,6 +263,14 @@ def test_messages_after_the_last_answer_are_left_out():
 def test_rows_that_cannot_train_are_refused(row, max_length, said):
     with pytest.raises(UserError, match=said):
         Encoder(target("llava"), max_length).row(row)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "paligemma"])
+def test_an_answer_to_nothing_is_no_row_and_no_question(family):
+    greeting = Conversation((Message("assistant", ("Hello.",)),))
+    with pytest.raises(UserError):
+        Encoder(target(family), 4096).row(greeting)
+    assert exam(target(family), Listed([greeting]), 1, 4) is None
 
 
 def test_a_long_answer_is_cut_behind_the_pictures():
@@ -366,6 +382,21 @@ def test_workers_prepare_the_same_batches_and_end():
     assert not torch.multiprocessing.active_children()
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [("DataLoader worker (pid 7) is killed by signal: Killed. ", UserError), ("mine", RuntimeError)],
+)
+def test_a_killed_worker_of_a_run_is_told_of(words, error):
+    """Torch learns of a death by a signal, and raises these words from its handler, also amid an update."""
+    source, encoder = Listed(answered("llava")), Encoder(speaker("llava"), 4096)
+    said = "lower workers or free memory, and go on with --resume-from latest" if error is UserError else words
+    with (
+        pytest.raises(error, match=said),
+        stream(encoder.fresh(source), encoder, Order([1, 2, 3], 2, 0), 0, pin=False),
+    ):
+        raise RuntimeError(words)
+
+
 # --- rows that are kept encoded
 
 
@@ -401,18 +432,113 @@ def test_kept_rows_are_made_once(tmp_path, monkeypatch):
     assert len(encoded(tmp_path / "cache", source, encoder, 0)) == len(source)
 
 
-@pytest.mark.parametrize("change", ["data", "length", "dtype"])
-def test_what_rows_depend_on_makes_other_rows(tmp_path, change):
-    kept(tmp_path)
+def other(change: str) -> Target:
+    """The speaker with another number format, template, size of pictures, tokenizer, end, revision; or as it is."""
+    made = Target(copy.copy(speaker("llava").model), copy.deepcopy(tiny.processor("llava")))
+    made.model.config = copy.deepcopy(made.model.config)
+    if change == "template":
+        made.processor.chat_template += " "
+    elif change == "pixels":
+        made.processor.image_processor.size = {"shortest_edge": 56}
+    elif change == "features":
+        made.processor.num_additional_image_tokens = 0
+    elif change == "tokenizer":
+        made.tokenizer.add_tokens(["whole sentences"])
+    elif change == "revision":
+        made.model.config._commit_hash = "0123"
+    elif change == "ends":
+        made.__class__ = type("Ending", (Target,), {"eos_token_ids": frozenset({7})})
+    elif change == "dtype":
+        made.__class__ = type("Half", (Target,), {"dtype": torch.bfloat16})
+    return made
+
+
+CHANGES = ["data", "length", "dtype", "template", "pixels", "features", "tokenizer", "revision", "ends", "transformers"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_rows_depend_on_makes_other_rows(tmp_path, change, monkeypatch):
+    _, source, _ = kept(tmp_path)
+    folders = lambda: len(list((tmp_path / "cache").glob("*"))) - 1  # noqa: E731 - without the lock
+    encoded(tmp_path / "cache", source, Encoder(other("nothing"), 4096), 0)
+    assert folders() == 1
     if change == "data":
         with (tmp_path / "rows.jsonl").open("a") as file:
             file.write('{"messages": []}\n')
-    encoder, source, rows = kept(tmp_path, max_length=300 if change == "length" else 4096)
-    if change == "dtype":
-        encoder.about["dtype"] = "torch.bfloat16"
-        encoded(tmp_path / "cache", source, encoder, 0)
-    assert len(rows) == len(source)
-    assert len(list((tmp_path / "cache").glob("*"))) == 3  # and the lock
+        source = JsonLines([tmp_path / "rows.jsonl"])
+    if change == "transformers":
+        monkeypatch.setattr("transformers.__version__", "6.0")
+    encoder = Encoder(other(change), 300 if change == "length" else 4096)
+    assert len(encoded(tmp_path / "cache", source, encoder, 0)) == len(source)
+    assert folders() == 2
+
+
+def test_a_tokenizer_in_python_alone_is_told_apart_by_its_words():
+    made = copy.copy(tiny.processor("llava"))
+    made.tokenizer = SimpleNamespace(bos_token=None, get_vocab=lambda: {"a": 0})
+    before = described(made)
+    made.tokenizer.get_vocab = lambda: {"b": 0}
+    assert described(made)["words"] != before["words"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_worker_is_told_of(tmp_path, monkeypatch):
+    def row(encoder, conversation):
+        if "Two circles." in conversation.messages[-1].content:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Encoder.row.__wrapped__(encoder, conversation)
+
+    row.__wrapped__ = Encoder.row
+    monkeypatch.setattr(Encoder, "row", row)
+    monkeypatch.setattr("speculens.training.encoded.CHUNK", 1)
+    with pytest.raises(UserError, match=r"One of 2 workers was killed while it encoded rows.*: lower workers"):
+        kept(tmp_path, workers=2)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name != ".lock"]
+    monkeypatch.undo()
+    assert len(kept(tmp_path, workers=2)[2]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_end_with_a_parent_that_is_killed():
+    """The end of a pipe comes when the last of the processes that inherited it is gone."""
+    end, own = os.pipe()
+
+    def make(_):
+        os.write(own, b"!")
+        signal.pause()
+
+    parent = multiprocessing.get_context("fork").Process(target=lambda: list(_made(make, [range(1)] * 2, 2)))
+    parent.start()
+    os.close(own)
+    assert os.read(end, 1) + os.read(end, 1) == b"!!"
+    parent.kill()
+    parent.join()
+    assert select.select([end], [], [], 60)[0]
+    assert os.read(end, 1) == b""
+    os.close(end)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_chunks_come_in_order_and_few_at_a_time(workers, tmp_path):
+    """The makers may run ahead of the reader by a few chunks each, and no more."""
+
+    def make(chunk):
+        (tmp_path / str(chunk[0])).touch()
+        return [bytes([chunk[0]])]
+
+    made = _made(make, [range(n, n + 1) for n in range(40)], workers)
+    assert [next(made) for _ in range(10)] == [[bytes([n])] for n in range(10)]
+    assert len(list(tmp_path.iterdir())) <= 10 + AHEAD * workers
+    assert [rows[0][0] for rows in made] == list(range(10, 40))
+
+
+def test_a_file_without_rows_is_kept_too(tmp_path):
+    encoder, source, _ = kept(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    assert len(encoded(tmp_path / "cache", JsonLines([tmp_path / "empty.jsonl"]), encoder, 0)) == 0
+    both = encoded(tmp_path / "cache", JsonLines([tmp_path / "empty.jsonl", *source.paths]), encoder, 0)
+    assert (len(both), both(0).answer.any()) == (3, True)
 
 
 def test_kept_rows_of_several_files_follow_each_other(tmp_path):
@@ -564,6 +690,29 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(error, tmp_path, monkeypa
     monkeypatch.undo()
     train(recipe(tmp_path, steps=3), target=made, rows=rows, resume_from="latest")
     assert checkpoint.find(tmp_path, "latest").name == "checkpoint-3"
+
+
+def test_only_what_a_disk_does_is_told_as_a_full_disk(tmp_path):
+    with pytest.raises(RecursionError), whole(tmp_path / "made"):
+        raise RecursionError("maximum recursion depth exceeded")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"train": ["gone.jsonl"]}, "The data file gone.jsonl cannot be read"),
+        ({"val": "gone.jsonl"}, "There is no file gone.jsonl to measure acceptance on.*data.val=null"),
+    ],
+)
+def test_missing_data_is_told_before_the_target_is_looked_for(data, said, tmp_path):
+    recipe_of = partial(recipe, tmp_path / "output", target=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=said):
+        train(recipe_of(data=data))
+    with pytest.raises(UserError, match="There is no model at" if "val" in data else said):
+        encode(recipe_of(data=data | {"cache": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"data\.cache=FOLDER"):
+        encode(recipe_of(data=data))
 
 
 def test_running_out_of_memory_names_the_knobs(tmp_path, monkeypatch):

@@ -106,8 +106,7 @@ def whole(folder: Path, then: str = "Make room and run the same command again.")
         partial.rename(place)
         _sync(place.parent)
         shutil.rmtree(old, ignore_errors=True)
-    # Each library reports a full disk in its own way: torch as RuntimeError, safetensors as its own error.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise UserError(
             f"{folder} could not be written ({first_line(error)}; {_free(place.parent)} free there). {then}"
         ) from error

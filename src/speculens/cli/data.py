@@ -53,9 +53,10 @@ def prepare_data(  # noqa: PLR0913, PLR0917 - a flag each
     hush()
     screen = Screen(quiet=json)
     selection = Selection(limit, shuffle_seed, copy_images, max_length, overwrite)
+    source = JsonLines(files, image_root)
     counter = outline_target(target, revision=revision) if target is not None else None
     with screen.progress("rows") as tell:
-        report = prepare(JsonLines(files, image_root), out, selection, counter, tell).to_dict()
+        report = prepare(source, out, selection, counter, tell).to_dict()
     screen.facts(str(out), prepared_lines(report))
     if report["refused"]:
         screen.aside(f"Which rows are refused, and why: {error_file(out)}")
@@ -98,7 +99,7 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
     """Let the target write its own answers to the questions of a data set; a killed run goes on where it was."""
     from speculens.data import JsonLines
     from speculens.data.respond import Responder
-    from speculens.data.rows import error_file
+    from speculens.data.rows import outputs
     from speculens.engine import Engine
     from speculens.show import Screen, answered_lines
 
@@ -116,6 +117,7 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
         },
     )
     source = JsonLines([file], image_root)
+    _, errors = outputs(source, out)  # what is wrong with them is said before the target is loaded
     model, guesser = load(target, drafter, dtype=dtype, device=device, device_map=device_map, revision=revision)
     engine = Engine(model, guesser, slots=slots, capacity=max_model_len)
     responder = Responder(engine, source, asking, out, target, limit)
@@ -127,7 +129,7 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
         raise UserError(f"None of the {outcome.error} rows could be answered. The first: {outcome.first_error}")
     screen.facts(str(out), answered_lines(report))
     if outcome.error:
-        screen.aside(f"Which rows failed, and why: {error_file(out)}; --retry-errors tries them again.")
+        screen.aside(f"Which rows failed, and why: {errors}; --retry-errors tries them again.")
     if json:
         print_json({"output": str(out), "target": target, "drafter": drafter, **report, "versions": versions()})
 

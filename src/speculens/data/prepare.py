@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from speculens.conversation import Conversation
-from speculens.data.rows import Names, OnRow, Pictures, error_file, line, reason, refusal, rest
+from speculens.data.rows import Names, OnRow, Pictures, line, outputs, reason, refusal, rest
 from speculens.data.sources import JsonLines
 from speculens.errors import UserError
 from speculens.targets import Target
@@ -109,14 +109,14 @@ def prepare(
     target  counts tokens, with its processor alone; a row that it refuses is refused here
     Raises UserError if no row can be used.
     """
-    selection = selection or Selection()
+    selection, files = selection or Selection(), outputs(source, output)
     if selection.max_length is not None and target is None:
         raise UserError("max_length counts the tokens of a target: name one with --target.")
     if output.exists() and not selection.overwrite:
         raise UserError(f"{output} exists already: choose another output, or replace it with --overwrite.")
     summary, first = Summary(), ""
     with ExitStack() as stack:
-        rows, refusals = (stack.enter_context(_WholeFile(path)) for path in (output, error_file(output)))
+        rows, refusals = (stack.enter_context(_WholeFile(path)) for path in files)
         for name, row in _prepared(source, output, selection, target, summary):
             if isinstance(row, UserError):
                 first = first or str(row)

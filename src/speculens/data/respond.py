@@ -19,7 +19,7 @@ from typing import Any
 
 from speculens.conversation import Conversation, Message
 from speculens.data.journal import Journal
-from speculens.data.rows import Names, OnRow, Pictures, Row, error_file, reason, refusal, rest
+from speculens.data.rows import Names, OnRow, Pictures, Row, check_refusal, outputs, reason, refusal, rest
 from speculens.data.sources import JsonLines
 from speculens.engine import Engine
 from speculens.errors import UserError
@@ -200,9 +200,9 @@ class Responder:
         """Answer all that is not answered yet. Raises UserError if the output was made with other settings."""
         outcome, start = self.outcome, time.monotonic()
         with ExitStack() as stack:
-            self._answers = stack.enter_context(Journal(self._output))
-            self._errors = stack.enter_context(Journal(error_file(self._output)))
-            self._check_settings()
+            answers, errors = outputs(self._source, self._output)
+            self._answers = stack.enter_context(Journal(answers, self._check_answer))
+            self._errors = stack.enter_context(Journal(errors, check_refusal))
             if retry_errors:
                 self._errors.clear()
             running: dict[Slot, _Job] = {}
@@ -308,10 +308,10 @@ class Responder:
         self._errors.add(refusal(name, error))
         self.outcome.add_error(error)
 
-    def _check_settings(self) -> None:
-        for name, metadata in self._answers.rows.items():
-            if not isinstance(metadata, dict) or metadata.get("settings") != self._made_with:
-                raise UserError(
-                    f"Row {name!r} of {self._output} was answered by another target or with other settings: go on with "
-                    "those, or choose another output."
-                )
+    def _check_answer(self, row: Row) -> None:
+        metadata = row.get("metadata")
+        if not isinstance(metadata, dict) or metadata.get("settings") != self._made_with:
+            raise UserError(
+                f"Row {row['id']!r} of {self._output} was answered by another target or with other settings: go on "
+                "with those, or choose another output."
+            )

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from speculens.conversation import Conversation, Message
+from speculens.data.sources import JsonLines
 from speculens.errors import UserError
 from speculens.pictures import Image, Source, load_image
 
@@ -28,17 +28,17 @@ class Names:
     """Gives every row an id of its own: the row's, or else its place; one that comes again is numbered."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._last: dict[str, int] = {}  # by name that is taken: the last number given to it
 
     def name(self, row: Any, place: int) -> str | int:
         """The id of the row at a place (from 0)."""
         given = row.get("id") if isinstance(row, Mapping) else None
         name = given if isinstance(given, (str, int)) and str(given) else f"row-{place + 1}"
-        own, copies = name, 1
-        while str(own) in self._seen:
-            copies += 1
-            own = f"{name}#{copies}"
-        self._seen.add(str(own))
+        own = name
+        while str(own) in self._last:
+            self._last[str(name)] += 1
+            own = f"{name}#{self._last[str(name)]}"
+        self._last[str(own)] = 1
         return own
 
 
@@ -94,14 +94,17 @@ def _copied(source: Source, picture: Image, folder: Path) -> Path:
     """The picture in `folder`, under a name made of its content, so that one picture is there once."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Path):
-        file = folder / f"{hashlib.sha256(source.read_bytes()).hexdigest()[:24]}{source.suffix.lower()}"
-        if not file.exists():
-            shutil.copyfile(source, file)
-        return file
-    size = f"{picture.width}x{picture.height}".encode()
-    file = folder / f"{hashlib.sha256(size + picture.tobytes()).hexdigest()[:24]}.png"
+        data, suffix = source.read_bytes(), source.suffix.lower()
+    else:
+        data, suffix = f"{picture.width}x{picture.height}".encode() + picture.tobytes(), ".png"
+    file = folder / f"{hashlib.sha256(data).hexdigest()[:24]}{suffix}"
     if not file.exists():
-        picture.save(file)
+        partial = file.with_name(f".{file.name}.partial")  # a kill must leave no half of a picture under its name
+        if isinstance(source, Path):
+            partial.write_bytes(data)
+        else:
+            picture.save(partial, "PNG")
+        partial.replace(file)
     return file
 
 
@@ -120,9 +123,24 @@ def error_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}_error.jsonl")
 
 
+def outputs(source: JsonLines, output: Path) -> tuple[Path, Path]:
+    """The file of rows and its error file. Raises UserError if one of them is read from."""
+    files = output, error_file(output)
+    for file in files:
+        if any(file.exists() and file.samefile(read) for read in source.paths):
+            raise UserError(f"{file} is read from and would be written over: choose another output.")
+    return files
+
+
 def refusal(name: str | int, error: UserError) -> Row:
     """A line of the error file."""
     return {"id": name, "error": str(error), "reason": reason(error)}
+
+
+def check_refusal(row: Row) -> None:
+    """Raises UserError for a row that `refusal` has not made."""
+    if "reason" not in row:
+        raise UserError(f"Row {row['id']!r} of the error file beside the output is no refusal: choose another output.")
 
 
 def reason(error: UserError) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -57,8 +58,8 @@ class JsonLines:
     """
 
     def __init__(self, paths: Sequence[str | Path], image_root: str | Path | None = None) -> None:
-        self._paths, self._image_root = paths, image_root
-        self._files = [_File(Path(path), image_root) for path in paths]
+        self.paths, self._image_root = list(map(Path, paths)), image_root
+        self._files = [_File(path, image_root) for path in self.paths]
         self._ends = [0]
         for file in self._files:
             self._ends.append(self._ends[-1] + len(file))
@@ -86,7 +87,7 @@ class JsonLines:
     @property
     def parts(self) -> list[JsonLines]:
         """A source for each file alone."""
-        return [JsonLines([path], self._image_root) for path in self._paths]
+        return [JsonLines([path], self._image_root) for path in self.paths]
 
     @property
     def fingerprint(self) -> list[list[str | int]]:
@@ -134,6 +135,8 @@ class _File:
             return json.loads(data)
         except ValueError as error:
             raise UserError(f"Row {line + 1} of {self.path} is not valid JSON: {error}.") from None
+        except RecursionError:
+            raise UserError(f"Row {line + 1} of {self.path} is nested too deeply to be read.") from None
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -142,6 +145,8 @@ class _File:
 
 def _is_array(file: BinaryIO) -> bool:
     """Whether the first sign is a bracket; a row never begins with one."""
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
     sign = b" "
     while sign.isspace():
         sign = file.read(1)
@@ -171,6 +176,8 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
             start = _skip(text, end, ",")
     except (ValueError, IndexError):
         raise UserError(f"The data file {path} is no whole JSON array: it breaks at byte {start:,}.") from None
+    except RecursionError:
+        raise UserError(f"The data file {path} is nested too deeply to be read, at byte {start:,}.") from None
 
 
 def _skip(text: str, start: int, sign: str) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import inspect
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -79,6 +82,21 @@ def _pillow_class(family: str) -> Any:
     return getattr(module, PILLOW_ONLY[family])
 
 
+def described(processor: ProcessorMixin) -> dict[str, Any]:
+    """All that its encodings depend on, in plain JSON types: versions, settings, template and tokenizer."""
+    tokenizer: Any = processor.tokenizer
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    words = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "transformers": transformers.__version__,
+        "processor": json.loads(processor.to_json_string()),
+        "chat_template": processor.chat_template,
+        "tokenizer": type(tokenizer).__name__,
+        "bos": tokenizer.bos_token,
+        "words": hashlib.sha256(words.encode()).hexdigest(),
+    }
+
+
 def encode(
     processor: ProcessorMixin,
     config: PreTrainedConfig,
@@ -88,9 +106,11 @@ def encode(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The inputs of one forward (`input_ids (1, n)`, pixels, token types, ...), and `image (n,)` bool, its image rows.
 
-    Never truncated. Raises UserError where the prompt and the pictures do not belong together, or where the family
-    refuses the conversation (PaliGemma's processor refuses a prompt without a picture, for one).
+    Never truncated. Raises UserError where there is no message, where the prompt and the pictures do not belong
+    together, or where the family refuses the conversation (PaliGemma's processor one without a picture, for one).
     """
+    if not conversation.messages:
+        raise UserError("The conversation has no message before an answer.")
     pictures = list(conversation.images)
     if processor.chat_template is None and config.model_type in PLAIN_PROMPT:
         text, extra = _plain_prompt(processor, conversation, add_generation_prompt)

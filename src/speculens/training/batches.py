@@ -90,12 +90,20 @@ class Encoder:
         self._ends = torch.tensor(sorted(target.eos_token_ids), dtype=torch.long)
         self._dialogue = target.processor.chat_template is not None
         self.dtype, self._max_length = target.dtype, max_length
-        self.about = {
-            "target": _full_name(target.model.name_or_path),
-            "dtype": str(self.dtype),
-            "max_length": max_length,
-        }
+        self._target = _full_name(target.model.name_or_path)
         self._pad = getattr(target.tokenizer, "pad_token_id", None) or 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All that a row depends on beside its conversation, in plain JSON types."""
+        return {
+            "target": self._target,
+            "revision": getattr(self._config, "_commit_hash", None),
+            "ends": self._ends.tolist(),
+            "dtype": str(self.dtype),
+            "max_length": self._max_length,
+            **processing.described(self._processor),
+        }
 
     def row(self, conversation: Conversation) -> Row:
         """Encode up to the last answer. Raises UserError for a row that cannot train."""
@@ -325,7 +333,10 @@ def attempt(read: Callable[[], Row]) -> Row | UserError:
 
 @contextmanager
 def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
-    """Batches in order, without end, prepared ahead by `workers` processes, which end with the context."""
+    """Batches in order, without end, prepared ahead by `workers` processes, which end with the context.
+
+    Raises UserError if one of them dies.
+    """
     # Forked, not spawned: processors with a class made at run time cannot be pickled. Workers never touch the GPU.
     forked = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
@@ -340,11 +351,26 @@ def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: b
         multiprocessing_context=forked,
     )
     batches = iter(loader)
+    with _told_of_death(workers):
+        try:
+            yield batches
+        finally:
+            if workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - nothing public ends them
+
+
+@contextmanager
+def _told_of_death(workers: int) -> Iterator[None]:
+    """A UserError for what torch raises when a worker dies, wherever this process is just then."""
     try:
-        yield batches
-    finally:
-        if workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way to end them
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"One of {workers} workers was killed while it prepared batches, most likely because memory ran out: lower "
+            "workers or free memory, and go on with --resume-from latest."
+        ) from error
 
 
 def _same(batch: Any) -> Any:

@@ -63,8 +63,8 @@ def save(
     folder = output / f"{PREFIX}{progress.step}"
     with whole(folder, GO_ON) as partial:
         save_drafter(drafter, partial, card)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(_rng(), partial / "rng.pt")
+        _write(optimizer.state_dict(), partial / "optimizer.pt")
+        _write(_rng(), partial / "rng.pt")
         if average is not None:
             save_file({name: tensor.cpu() for name, tensor in average.items()}, partial / AVERAGE)
         state = {"progress": asdict(progress), "recipe": dict(recipe)}
@@ -72,6 +72,13 @@ def save(
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def _write(state: Mapping[str, Any], file: Path) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # which is how torch reports a full disk
+        raise OSError(first_line(error)) from error
 
 
 def about(folder: Path) -> tuple[Progress, dict[str, Any]]:

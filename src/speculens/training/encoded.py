@@ -1,7 +1,7 @@
 """Rows encoded once and read many times: with small targets, or many epochs, processing pictures is the slowest part.
 
-Each file of data has a folder of its own, named by its content's fingerprint and by all that encoding depends on, so
-that runs share what they can and a changed file is encoded anew:
+Each file of data has a folder of its own, named by the file's path, size and time of writing, and by all that encoding
+depends on (`Encoder.about`), so that runs share what they can and a changed file is encoded anew:
 
     offsets.npy   (rows + 1,) int64: row i is the bytes from offsets[i] to offsets[i + 1]
     rows.bin      each row: one byte, R or E, and then its tensors as safetensors, or why it is refused as UTF-8
@@ -15,8 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +40,7 @@ from speculens.errors import UserError
 from speculens.training.batches import Encoder, Row, attempt
 
 CHUNK = 32  # rows that a worker encodes at a time
+AHEAD = 2  # chunks for each worker that are in the making or wait for their turn
 INPUTS = "inputs."
 
 
@@ -42,7 +49,7 @@ class Encoded:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._offsets = [np.load(folder / "offsets.npy") for folder in folders]
-        self._bytes = [np.memmap(folder / "rows.bin", dtype=np.uint8, mode="r") for folder in folders]
+        self._bytes = [_mapped(folder / "rows.bin") for folder in folders]
         self._ends = [0, *accumulate(len(offsets) - 1 for offsets in self._offsets)]
 
     def __len__(self) -> int:
@@ -56,11 +63,16 @@ class Encoded:
         return _unpacked(self._bytes[part][start:end].tobytes())
 
 
+def _mapped(file: Path) -> np.ndarray:
+    """The bytes of a file; nothing is no memory to map."""
+    return np.memmap(file, dtype=np.uint8, mode="r") if file.stat().st_size else np.empty(0, dtype=np.uint8)
+
+
 def encoded(folder: Path, source: JsonLines, encoder: Encoder, workers: int) -> Encoded:
     """The encoded rows of `source` under `folder`; `workers` processes make what is not there yet."""
-    made = []
+    made, settings = [], encoder.about
     for part in source.parts:
-        about = json.dumps([part.fingerprint, encoder.about])
+        about = json.dumps([part.fingerprint, settings])
         made.append(folder / hashlib.sha256(about.encode()).hexdigest()[:16])
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # of several runs that start at once, one encodes and the others wait
@@ -86,14 +98,42 @@ _work: Callable[[range], list[bytes]]  # of a worker; forked with it, because a 
 
 
 def _made(make: Callable[[range], list[bytes]], chunks: list[range], workers: int) -> Iterator[list[bytes]]:
-    """The rows of each chunk, in order."""
+    """The rows of each chunk, in order. Raises UserError if a worker dies."""
     global _work  # noqa: PLW0603
     if not workers or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(make, chunks)
         return
     _work = make
-    with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        yield from pool.imap(_run, chunks)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker)
+    ahead: deque[Future[list[bytes]]] = deque()  # bounded, because rows are large
+    try:
+        for chunk in chunks:
+            ahead.append(pool.submit(_run, chunk))
+            if len(ahead) > AHEAD * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"One of {workers} workers was killed while it encoded rows, most likely because memory ran out: lower "
+            "workers or free memory, and run the same again; data files that were encoded to their end are kept."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, and without a word
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Else a worker would wait for ever for the work of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(chunk: range) -> list[bytes]:

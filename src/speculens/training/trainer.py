@@ -71,14 +71,14 @@ def train(
     start = checkpoint.find(output, resume_from) if resume_from else None
     if start is None and (checkpoint.checkpoints(output) or (output / "last").exists()):
         raise UserError(f"{output} holds a run already: resume it (--resume-from latest) or choose another output.")
+    source = _source(rows, recipe.data.train, recipe.data.image_root)
+    held_out = _held_out(val, recipe)
     on_cpu = target.device.type == "cpu" if target else not torch.cuda.is_available()
     accelerator = make_accelerator(on_cpu=on_cpu)
     set_seed(recipe.seed)
     target = target or _load_target(recipe, accelerator)
     if recipe.shard_target:
         shard(target, accelerator)
-    source = _source(rows, recipe.data.train, recipe.data.image_root)
-    held_out = _source(val, [recipe.data.val] if recipe.data.val else [], recipe.data.image_root)
     questions = exam(target, held_out, recipe.eval_prompts, recipe.eval_tokens) if len(held_out) else None
     return Trainer(recipe, target, source, questions, accelerator, on_event).run(start)
 
@@ -95,22 +95,27 @@ def _source(given: Source | Sequence[Conversation] | None, paths: Sequence[str],
     return given if hasattr(given, "size") else Listed(given)
 
 
+def _held_out(given: Source | Sequence[Conversation] | None, recipe: Recipe) -> Source:
+    """What acceptance is measured on."""
+    path = recipe.data.val
+    if given is None and path and not Path(path).exists():
+        raise UserError(f"There is no file {path} to measure acceptance on: name another, or none with data.val=null.")
+    return _source(given, [path] if path else [], recipe.data.image_root)
+
+
 def encode(recipe: Recipe) -> int:
     """Make the rows of `data.cache` without training, for runs that will share them; returns their number."""
-    target = _load_target(recipe, make_accelerator(on_cpu=not torch.cuda.is_available()))
-    source = JsonLines(recipe.data.train, recipe.data.image_root)
-    rows = _kept(recipe, source, Encoder(target, recipe.data.max_length))
-    if rows is None:
-        raise UserError("The recipe keeps no encoded rows: say data.cache=FOLDER.")
-    return len(rows)
-
-
-def _kept(recipe: Recipe, source: Source, encoder: Encoder) -> Encoded | None:
     if not recipe.data.cache:
-        return None
+        raise UserError("The recipe keeps no encoded rows: say data.cache=FOLDER.")
+    source = JsonLines(recipe.data.train, recipe.data.image_root)
+    target = _load_target(recipe, make_accelerator(on_cpu=not torch.cuda.is_available()))
+    return len(_kept(recipe.data.cache, source, Encoder(target, recipe.data.max_length), recipe.workers))
+
+
+def _kept(folder: str, source: Source, encoder: Encoder, workers: int) -> Encoded:
     if not isinstance(source, JsonLines):
         raise UserError("data.cache keeps the rows of files; these conversations are in memory: leave it out.")
-    return encoded(Path(recipe.data.cache), source, encoder, recipe.workers)
+    return encoded(Path(folder), source, encoder, workers)
 
 
 class Trainer:
@@ -181,8 +186,9 @@ class Trainer:
 
     def _reader(self, encoder: Encoder) -> Reader:
         """Where encoded rows come from; if they are to be kept, the main process makes what is not there."""
+        folder = self.recipe.data.cache
         with self.crew.first_alone():
-            return _kept(self.recipe, self.source, encoder) or encoder.fresh(self.source)
+            return _kept(folder, self.source, encoder, self.recipe.workers) if folder else encoder.fresh(self.source)
 
     # One update
 
