@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import tiny
 from oracle import CAPACITY, Ask, compare, oracle, prompt, random_eagle, reference, target
 from speculens.checkpoints import load_drafter, read_config, save_drafter
+from speculens.checkpoints.int8 import pressed, restored
 from speculens.drafters import DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
@@ -34,6 +37,37 @@ def test_a_saved_drafter_comes_back(folder):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_eight_bits_are_off_by_half_a_step_of_the_row_at_most(seed, rows, columns, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(-9, 9, (rows, 1))).to(dtype)
+    weight[0] = 0
+    state = {"w": weight, "norm": torch.ones(3, dtype=dtype), "d2t": torch.arange(4)}
+    stored = pressed(state)
+    assert stored["w"].dtype == torch.int8
+    back = restored(stored)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in ("norm", "d2t"))
+    step = weight.double().abs().amax(1, keepdim=True) / 127
+    assert ((back["w"].double() - weight.double()).abs() <= 0.51 * step * (1 + torch.finfo(dtype).eps)).all()
+
+
+def test_a_drafter_in_eight_bits_comes_back_in_half_the_size(tmp_path):
+    drafter = copy.deepcopy(random_eagle("llava")).to(torch.bfloat16)
+    whole = save_drafter(drafter, tmp_path / "whole")
+    small = save_drafter(drafter, tmp_path / "small", int8=True)
+    sizes = [(one / "model.safetensors").stat().st_size for one in (whole, small)]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = load_drafter(small, dtype=torch.float64)
+    for name, weight in drafter.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[name], weight.double(), atol=float(weight.abs().max()) / 200)
+    engine = Engine(target("llava"), loaded, capacity=CAPACITY)
+    compare(
+        engine.generate(prompt("llava", Ask()), Sampling(max_new_tokens=16)).tokens,
+        reference("llava", Ask(), Sampling(max_new_tokens=16)),
+    )
 
 
 def test_nothing_of_the_target_is_stored(folder):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from oracle import CAPACITY, Ask, compare, prompt, random_eagle, reference, target
 from speculens import cli
-from speculens.checkpoints import load_drafter, save_drafter, save_published
+from speculens.checkpoints import load_drafter, save_drafter, save_published, stored_bytes
 from speculens.drafters.vispec import ViSpecDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
@@ -419,6 +419,12 @@ def test_export_to_ours_and_back(tmp_path, capsys):
     assert all(torch.equal(last[name], x) for name, x in first.items() if name != "embed_tokens.weight")
     assert cli.main([*words, "--out", str(tmp_path / "ours")]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(tmp_path / "small"), "--int8"]) == 2
+    assert "leave out --int8" in capsys.readouterr().err
+    words[words.index("vispec")] = "ours"
+    assert cli.main([*words, "--out", str(tmp_path / "small"), "--int8"]) == 0
+    assert isinstance(load_drafter(tmp_path / "small"), ViSpecDrafter)
+    assert stored_bytes(str(tmp_path / "small")) < 0.4 * stored_bytes(str(tmp_path / "ours"))  # of float32
     words[words.index("--drafter") + 1] = "lookup"
     assert cli.main([*words, "--out", str(tmp_path / "none")]) == 2
     assert "no weights" in capsys.readouterr().err

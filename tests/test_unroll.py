@@ -22,7 +22,7 @@ from speculens.training.batches import Encoder, collate
 from speculens.training.config import DrafterRecipe, Objective, Unroll, read_recipe
 from speculens.training.losses import objective
 from speculens.training.student import Student, distil, make_drafter
-from speculens.training.unroll import Lesson, Survival, chain_mask, lesson_losses, unroll
+from speculens.training.unroll import Lesson, Selection, chain_mask, lesson_losses, unroll
 from speculens.tree import TreeShape
 from test_training import answered, events_of, recipe, speaker
 
@@ -206,14 +206,14 @@ def lesson_of(hits_at: list[int], rows: int = 8, steps: int = 3) -> tuple[Lesson
 )
 def test_who_survives_by_either_rule(select, second, third):
     lesson, first_hits = lesson_of([1, 2, 5, 6])
-    survival = Survival(lesson, Unroll(steps=3, select=select))
-    assert survival.kept(0) is None
+    selection = Selection(lesson, Unroll(steps=3, select=select))
+    assert selection.kept(0) is None
     if select != "none":
-        survival.observe(first_hits)
-    assert lesson.place[1][survival.kept(1)].tolist() == second
+        selection.observe(first_hits)
+    assert lesson.place[1][selection.kept(1)].tolist() == second
     if select != "none":
-        survival.observe(torch.isin(lesson.place[1], torch.tensor([3, 6])))
-    assert lesson.place[1][survival.kept(2)].tolist() == third
+        selection.observe(torch.isin(lesson.place[1], torch.tensor([3, 6])))
+    assert lesson.place[1][selection.kept(2)].tolist() == third
 
 
 @pytest.mark.parametrize("select", ["none", "chain", "public"])

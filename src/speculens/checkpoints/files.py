@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from speculens.checkpoints.int8 import restored
 from speculens.drafters import TrainedDrafter
 from speculens.errors import UserError, first_line
 
@@ -51,7 +52,10 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, on the CPU. Raises UserError if they are missing, broken or not finite."""
+    """Every tensor of a folder, on the CPU; those in 8 bits are restored.
+
+    Raises UserError if they are missing, broken or not finite.
+    """
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise UserError(f"{folder} holds no weights: {WEIGHTS[0]} is missing.")
@@ -62,7 +66,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds numbers that are not finite (in {name}): train it again with a lower rate.")
-    return state
+    return restored(state)
 
 
 def stored_bytes(name: str) -> int | None:

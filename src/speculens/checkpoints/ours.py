@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from speculens.checkpoints.files import find_folder, load_state, read_values, read_weights
+from speculens.checkpoints.int8 import pressed
 from speculens.checkpoints.published import is_published, load_published
 from speculens.drafters import METHODS, Drafter, DrafterConfig, LookupDrafter, NoDrafter, TrainedDrafter
 from speculens.errors import UserError
@@ -24,12 +25,17 @@ from speculens.targets.processing import pixel_bounds
 log = logging.getLogger(__name__)
 
 
-def save_drafter(drafter: TrainedDrafter, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Write a drafter; `card` (target, recipe, data, metrics) becomes its model card. Returns the folder."""
+def save_drafter(
+    drafter: TrainedDrafter, folder: str | Path, card: Mapping[str, Any] | None = None, *, int8: bool = False
+) -> Path:
+    """Write a drafter; `card` (target, recipe, data, metrics) becomes its model card. Returns the folder.
+
+    int8  store matrices in 8 bits (`int8.py`)
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(pressed(state) if int8 else state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(drafter.config.to_dict(), indent=2) + "\n")
     (folder / "README.md").write_text(_model_card(drafter.config, card or {}))
     return folder

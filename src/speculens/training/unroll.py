@@ -84,7 +84,7 @@ class Lesson:
     shape: tuple[int, int]
 
 
-class Survival:
+class Selection:
     """Which positions each step trains: `select` of the plan.
 
     hit_k is true at rows that train and whose target token is among the drafter's likeliest at step k.
@@ -120,16 +120,16 @@ def lesson_losses(lesson: Lesson, head: Head, terms: Objective, plan: Unroll, ch
 
     The first step's figures have the terms' own names, those of step k end in `.k`; `kept.k` is the share it trains.
     """
-    survival = Survival(lesson, plan)
+    selection = Selection(lesson, plan)
     total, figures = lesson.teacher.new_zeros((), dtype=torch.float32), {}
     for step, predicted in enumerate(lesson.steps):
-        kept = survival.kept(step)
+        kept = selection.kept(step)
         hit = plan.hit if plan.select != "none" and step + 1 < len(lesson.steps) else 0
         found = objective(
             predicted, lesson.teacher, head, terms.weights, top=terms.top, chunk=chunk, kept=kept, hit=hit
         )
         if hit:
-            survival.observe(found.hits)
+            selection.observe(found.hits)
         total = total + (plan.weights[step] if plan.weights else 1.0) * found.total
         if kept is None:
             first, figures = found, dict(found.terms)
