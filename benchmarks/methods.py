@@ -5,9 +5,9 @@ r"""The methods side by side on one target, greedy and sampled; or the acceptanc
 
 Drafters are those beside the target (TARGET-METHOD) unless named. The measurement is that of `speculens bench`: all of
 them beside `none` in one process, on held-out prompts taken from the files in turn. It ends in time and tells what it
-has; `speculens report` makes a page of each folder in --out. With --ablations no time is measured: all prompts are
-decoded side by side, greedily, by every drafter of that folder whose name begins with the target's (TARGET-NAME, or
-TARGET-NAME/STEP, of which the last).
+has; `speculens report` makes a page of each folder in --out. With --widen all of them have a 7B's shape and cost. With
+--ablations no time is measured: all prompts are decoded side by side, greedily, by every drafter of that folder whose
+name begins with the target's (TARGET-NAME, or TARGET-NAME/STEP, of which the last).
 Prints rows for docs/benchmarks.md; the last line is JSON.
 """
 
@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from benchmarks.prompts import HELDOUT
+from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
 from speculens import Engine, Sampling, TreeShape, load_drafter, load_target
 from speculens.bench.figures import POOLED, conclude
 from speculens.bench.measure import CLOSER, Bench, Progress
@@ -53,14 +54,13 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--ablations", type=Path, help="folder of drafter folders, TARGET-NAME each")
     given = read(parser)
-    target = load_target(given.target, device=given.device, dtype=given.dtype)
+    target, drafters = contenders(given)
     cases = {file.stem: from_files([file])[: given.limit] for file in given.prompts}
     if given.ablations:
         figures = ablations(target, given, cases)
     else:
         mixed = from_files(given.prompts)[: given.limit]
         share = given.minutes * 60 / len(given.temperatures)
-        drafters = loaded(target, given.drafter or beside(given.target))
         runs = {}
         for temperature in given.temperatures:
             asking = Asking(temperature=temperature, max_new_tokens=given.max_new_tokens)
@@ -82,6 +82,8 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
         "--tree", nargs="+", metavar="STEPS TOPK NODES", help="not the drafters' own; auto: sized at each step"
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for the measurement; loading comes on top")
+    parser.add_argument("--widen", action="store_true", help="at a 7B's cost, on a GPU (benchmarks.widen)")
+    parser.add_argument("--closer", type=int, default=CLOSER, help="prompts decoded once more, to see where time goes")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="new folder for the records and figures.json")
@@ -97,6 +99,16 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if given.tree:
         given.tree = "auto" if given.tree == ["auto"] else TreeShape(*map(int, given.tree))
     return given
+
+
+def contenders(given: argparse.Namespace) -> tuple[Target, dict[str, Drafter]]:
+    """The target and its drafters, in their own shape or in a 7B's."""
+    target = load_target(given.target, device=given.device, dtype=given.dtype)
+    drafters = loaded(target, given.drafter or beside(given.target))
+    if not given.widen:
+        return target, drafters
+    wide = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
+    return wide, {name: widen_drafter(drafter, wide) for name, drafter in drafters.items()}
 
 
 def beside(target: str) -> list[str]:
@@ -120,10 +132,8 @@ def measured(
     given: argparse.Namespace,
     seconds: float,
     name: str,
-    *,
-    closer: int = CLOSER,
 ) -> dict[str, Any]:
-    """The figures of as many cases as fit into the time, at least one; where the time goes by `closer` of them."""
+    """The figures of as many cases as fit into the time, at least one; where the time goes included."""
     begun, done = time.monotonic(), 0
 
     def watch(progress: Progress) -> None:
@@ -131,17 +141,17 @@ def measured(
         done = progress.done
         spent = time.monotonic() - begun
         # The closer look decodes some of the cases once more.
-        if done and spent * (1 + min(done, closer) / done) > seconds:
+        if done and spent * (1 + min(done, given.closer) / done) > seconds:
             raise _OutOfTimeError
 
     shapes = dict.fromkeys(drafters, given.tree) if given.tree else {}
-    bench = Bench(target, drafters, cases, asking, shapes=shapes, closer=closer)
+    bench = Bench(target, drafters, cases, asking, shapes=shapes, closer=given.closer)
     with TemporaryDirectory() as scratch:
         folder = RunFolder((given.out or Path(scratch)) / name, bench.setting(target=given.target, suite=name))
         with suppress(_OutOfTimeError):
             bench.run(folder, watch)
-        if closer and not folder.has("closer"):
-            Bench(target, drafters, cases[:done], asking, shapes=shapes, closer=closer).run(folder)
+        if given.closer and not folder.has("closer"):
+            Bench(target, drafters, cases[:done], asking, shapes=shapes, closer=given.closer).run(folder)
         made = conclude(folder, bench.errors)
     longest = max(prompts_of(target, cases[:done], asking), key=len)
     for each, drafter in {NONE: None, **drafters}.items():

@@ -17,7 +17,6 @@ The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import PROMPTS, arguments, beside, finish, loaded, measured, prompts_of, read
-from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
-from speculens import load_target
+from benchmarks.methods import PROMPTS, arguments, contenders, finish, measured, prompts_of, read
 from speculens.bench.figures import POOLED
 from speculens.bench.suites import Case, from_files
 from speculens.data.respond import Asking
@@ -46,10 +43,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--how", choices=["larger", "several"], required=True)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="visual tokens of a prompt, about")
-    parser.add_argument("--widen", action="store_true", help="at a 7B's cost")
-    parser.set_defaults(limit=12, max_new_tokens=128)
+    parser.set_defaults(limit=12, max_new_tokens=128, closer=0)
     given = read(parser)
-    target, drafters = _contenders(given)
+    target, drafters = contenders(given)
     own_context = target.context
     needed = max(given.sizes) + TEXT_ROWS + given.max_new_tokens
     target.text_config.max_position_embeddings = max(own_context, needed)
@@ -63,7 +59,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for size, cases in _sized(target, from_files(PROMPTS[:1]), given.limit, given.how, given.sizes):
         seconds = given.minutes * 60 / len(given.sizes)
-        made = measured(target, drafters, cases, asking, given, seconds, f"{size}", closer=0)
+        made = measured(target, drafters, cases, asking, given, seconds, f"{size}")
         prompt = prompts_of(target, cases[:1], asking)[0]
         prefills = {name: prefill_seconds(target, drafter, prompt) for name, drafter in drafters.items()}
         visual = made["drafters"]["none"][POOLED]["num_visual_tokens"] / made["questions"]
@@ -73,16 +69,6 @@ def main() -> None:
         found.append({"size": size, "visual_tokens": visual, "prefill_seconds": prefills, **made})
     about = {"how": given.how, "widened": given.widen, "own_context": own_context, "context": target.context}
     finish(given, {**about, "sweep": found})
-
-
-def _contenders(given: argparse.Namespace) -> tuple[Target, dict[str, Drafter]]:
-    """The target with its drafters, in their own shape or in a 7B's."""
-    target = load_target(given.target, device=given.device, dtype=given.dtype)
-    drafters = loaded(target, given.drafter or beside(given.target))
-    if not given.widen:
-        return target, drafters
-    wide = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
-    return wide, {name: widen_drafter(drafter, wide) for name, drafter in drafters.items()}
 
 
 def _sized(
