@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphs import Again
 from oracle import CAPACITY, Ask, oracle, prompt, target
 from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.costs import Costs
@@ -210,25 +211,14 @@ def test_a_drafter_that_works_on_the_host_is_never_recorded():
 # Short prompts
 
 
-class Again(Recorder):
-    """Stands for graphs of anything: a replay runs the work again and writes over what the last one gave."""
-
-    def __init__(self, work, state, place=None):
-        super().__init__(work, state, place)
-        self.on = True
-
-    def _record(self, key, kept):
-        return None, self._work(key)
-
-    def replay(self, key):
-        self.replays += 1
-        result = self._graphs[key][1]
+class Watched(Again):
+    def again(self, key):
         with DeviceOnly():
-            return result.copy_(self._work(key))
+            return super().again(key)
 
 
 def let_prompts_be_recorded(monkeypatch):
-    monkeypatch.setattr(prompt_graphs, "Recorder", Again)
+    monkeypatch.setattr(prompt_graphs, "Recorder", Watched)
     monkeypatch.setattr(prompt_graphs, "GRAIN", 32)
 
 

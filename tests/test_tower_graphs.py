@@ -4,36 +4,15 @@ import copy
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 import tiny
+from graphs import Again
 from oracle import CAPACITY, Ask, compare, prompt, reference
-from speculens.capture import Recorder
 from speculens.engine import Engine
 from speculens.sampling import Sampling
 from speculens.targets import Target, tower_graphs
 
 LONG = Sampling(max_new_tokens=16)
-
-
-class Again(Recorder):
-    """Stands for graphs: a replay runs the work on the held inputs and writes over what the last one gave."""
-
-    def __init__(self, work, state, place=None):
-        super().__init__(work, state, place)
-        self.on = True
-
-    def _record(self, key, kept):
-        return None, self._work(key)
-
-    def replay(self, key):
-        self.replays += 1
-        result = self._graphs[key][1]
-        held, made = pytree.tree_leaves(result), pytree.tree_leaves(self._work(key))
-        for old, new in zip(held, made, strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        return result
 
 
 @pytest.fixture
