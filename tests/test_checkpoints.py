@@ -39,10 +39,16 @@ def test_a_saved_drafter_comes_back(folder):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32]))
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float16]),
+)
 def test_eight_bits_are_off_by_half_a_step_of_the_row_at_most(seed, rows, columns, dtype):
     generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(-9, 9, (rows, 1))).to(dtype)
+    size = 10.0 ** torch.randint(-9, 5, (rows, 1), generator=generator)
+    weight = (torch.randn(rows, columns, generator=generator) * size).clamp(-6e4, 6e4).to(dtype)
     weight[0] = 0
     state = {"w": weight, "norm": torch.ones(3, dtype=dtype), "d2t": torch.arange(4)}
     stored = pressed(state)
@@ -51,7 +57,7 @@ def test_eight_bits_are_off_by_half_a_step_of_the_row_at_most(seed, rows, column
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in ("norm", "d2t"))
     step = weight.double().abs().amax(1, keepdim=True) / 127
-    assert ((back["w"].double() - weight.double()).abs() <= 0.51 * step * (1 + torch.finfo(dtype).eps)).all()
+    assert ((back["w"].double() - weight.double()).abs() <= 0.501 * step).all()
 
 
 def test_a_drafter_in_eight_bits_comes_back_in_half_the_size(tmp_path):

@@ -15,16 +15,16 @@ SCALES = "scales"  # those of NAME are stored as NAME.scales
 
 
 def pressed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each matrix (n, m) of floating-point numbers as int8, and its scales (n, 1) in its own dtype."""
+    """Each matrix (n, m) of floating-point numbers as int8, and its scales (n, 1) in float32, where none becomes 0."""
     made: dict[str, Tensor] = {}
     for name, weight in state.items():
         if weight.ndim != 2 or not weight.is_floating_point():
             made[name] = weight
             continue
-        largest = weight.float().abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        scales = (largest / 127).to(weight.dtype)
+        least = 128 * torch.finfo(torch.float32).tiny
+        scales = weight.float().abs().amax(1, keepdim=True).clamp(min=least) / 127
         made[f"{name}.{SCALES}"] = scales
-        made[name] = (weight.float() / scales.float()).round().clamp(-127, 127).to(torch.int8)
+        made[name] = (weight.float() / scales).round().to(torch.int8)
     return made
 
 
@@ -34,7 +34,7 @@ def restored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in state.items():
         scales = state.get(f"{name}.{SCALES}")
         if scales is not None:
-            made[name] = weight.float() * scales.float()
+            made[name] = weight.float() * scales
         elif not name.endswith(f".{SCALES}"):
             made[name] = weight
     return made

@@ -28,7 +28,7 @@ def demo(
     testbed: Annotated[Path | None, typer.Option(help="Folder of the shipped models and pictures.")] = None,
     json: Json = False,
 ) -> None:
-    """Describe a shipped picture with and without a drafter, side by side."""
+    """Describe shipped pictures with and without drafters, side by side."""
     from speculens import demo as shipped
     from speculens import page
     from speculens.show import Screen
