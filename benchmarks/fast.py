@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import signal
 import statistics
@@ -52,6 +51,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks import memory
 from benchmarks.prompts import HELDOUT, questions, with_pictures
 from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
 from speculens import Engine, NoDrafter, Sampling, TreeShape, load_drafter, load_target
@@ -549,17 +549,15 @@ def _wait(device: torch.device) -> None:
 
 def measure_memory(setup: Setup) -> dict[str, Any]:
     """Peak with one drafter's weights, trees and caches over that of `none`, all other drafters left out."""
-    target = setup.target
-    kv = {name: _kv_bytes(setup, name) for name in (NONE, *setup.drafters)}
-    weights = {name: sum(p.nbytes for p in _parameters(drafter)) for name, drafter in setup.drafters.items()}
-    peaks = {name: _peak(setup, name) for name in (NONE, *setup.drafters)}
-    others = {name: sum(weights.values()) - weights.get(name, 0) for name in peaks}
-    alone = {name: peak - others[name] for name, peak in peaks.items()}
+    target, names = setup.target, (NONE, *setup.drafters)
+    kv = {name: _kv_bytes(setup, name) for name in names}
+    peaks = {name: _peak(setup, name) for name in names}
+    plain = peaks[NONE]
     return {
         "kv_bytes": kv,
         "target_bytes": sum(p.nbytes for p in target.model.parameters()),
-        "peak_bytes": alone,
-        "over_none": {name: peak / alone[NONE] if alone[NONE] > 0 else None for name, peak in alone.items()},
+        "peak_bytes": peaks,
+        "over_none": {name: most / plain if most and plain else None for name, most in peaks.items()},
     }
 
 
@@ -568,39 +566,26 @@ def _kv_bytes(setup: Setup, name: str) -> dict[str, int]:
 
     Not the head's rows that a reduced vocabulary copies: these are weights.
     """
-    _free(setup.target.device)
-    before = _allocated(setup.target.device)
+    device = setup.target.device
+    memory.free(device)
+    before = memory.allocated(device)
     drafter = NoDrafter() if name == NONE else setup.drafters[name]
     engine = Engine(setup.target, drafter, capacity=len(setup.long) + setup.new_tokens, shape=setup.shape)
     ids = getattr(drafter, "d2t", None)
     weights = 0 if ids is None else len(ids) * setup.target.hidden_size * setup.target.dtype.itemsize
-    taken = _allocated(setup.target.device) - before
+    taken = memory.allocated(device) - before
     return {"promised": sum(engine.kv_bytes.values()), "measured": taken - weights if taken else 0}
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _parameters(drafter: Any) -> list[Tensor]:
-    return list(drafter.parameters()) if isinstance(drafter, torch.nn.Module) else []
-
-
-def _allocated(device: torch.device) -> int:
-    """Bytes that were asked for and not given back: without what the allocator adds to round them up."""
-    return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"]) if device.type == "cuda" else 0
-
-
-def _peak(setup: Setup, name: str) -> int:
+def _peak(setup: Setup, name: str) -> int | None:
     """Bytes in use at most, with graphs; the buffers of those that lie in their pool count as long as they do."""
-    on_gpu, sampling = setup.target.device.type == "cuda", Sampling(max_new_tokens=setup.new_tokens)
-    _free(setup.target.device)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    ask(setup.engine(name, [setup.long], [sampling]), setup.long, sampling)
-    return torch.cuda.max_memory_allocated() if on_gpu else 0
+    sampling = Sampling(max_new_tokens=setup.new_tokens)
+    others = [drafter for other, drafter in setup.drafters.items() if other != name]
+    return memory.peak(
+        setup.target.device,
+        others,
+        lambda: ask(setup.engine(name, [setup.long], [sampling]), setup.long, sampling),
+    )
 
 
 # The run
@@ -624,7 +609,7 @@ def main() -> None:
     results: dict[str, Any] = {"setting": _setting(given, setup)}
     for name in given.parts.split(","):
         results[name] = _run(PARTS[name], setup)
-        _free(setup.target.device)
+        memory.free(setup.target.device)
         print(f"{name}: {clock.left:.0f} s left {results[name].get('error', '')}", flush=True)
         if given.out:
             given.out.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,14 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import yaml
 
+from benchmarks import memory
 from benchmarks.prompts import HELDOUT
 from benchmarks.widen import SEVEN_B, widen_drafter, widen_target
 from speculens import Engine, Sampling, TreeShape, load_drafter, load_target
@@ -154,8 +155,17 @@ def measured(
             Bench(target, drafters, cases[:done], asking, shapes=shapes, closer=given.closer).run(folder)
         made = conclude(folder, bench.errors)
     longest = max(prompts_of(target, cases[:done], asking), key=len)
-    for each, drafter in {NONE: None, **drafters}.items():
-        made["drafters"][each]["peak_memory_alone"] = peak_memory(target, drafter, longest, asking, given.tree)
+    sampling = Sampling(max_new_tokens=asking.max_new_tokens)
+
+    def answer(drafter: Drafter | None) -> None:
+        engine = Engine(target, drafter, capacity=len(longest) + sampling.max_new_tokens, shape=given.tree)
+        engine.generate(longest, sampling)
+
+    # Beside the others, as in the measurement, every engine's cache would count for each of them.
+    for each in (NONE, *drafters):
+        others = [drafter for other, drafter in drafters.items() if other != each]
+        most = memory.peak(target.device, others, partial(answer, drafters.get(each)))
+        made["drafters"][each]["peak_memory_alone"] = most
     return made
 
 
@@ -167,23 +177,6 @@ def prompts_of(target: Target, cases: Sequence[Case], asking: Asking) -> list[Pr
             before, (question, *_) = asking.questions(case.name, case.conversation(), case.given)
             prompts.append(target.encode(before.then(question.role, *question.content)))
     return prompts
-
-
-def peak_memory(
-    target: Target, drafter: Drafter | None, prompt: Prompt, asking: Asking, shape: TreeShape | Literal["auto"] | None
-) -> int | None:
-    """Most bytes on the device while one drafter alone answers a prompt, the target's weights included; None on a CPU.
-
-    Beside the others, as in the measurement, every engine's cache would count for each of them.
-    """
-    if target.device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(target.device)
-    sampling = Sampling(max_new_tokens=asking.max_new_tokens)
-    engine = Engine(target, drafter, capacity=len(prompt) + sampling.max_new_tokens, shape=shape)
-    engine.generate(prompt, sampling)
-    return torch.cuda.max_memory_allocated(target.device)
 
 
 def ablations(target: Target, given: argparse.Namespace, cases: Mapping[str, Sequence[Case]]) -> dict[str, Any]:

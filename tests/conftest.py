@@ -14,4 +14,6 @@ _numbers = itertools.count()
 @pytest.fixture(autouse=True)
 def _fresh_cache(monkeypatch, tmp_path_factory):
     """The user's cache folder is an empty one of this test's own: costs of steps are learnt anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"))
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    folder.mkdir()  # torch keeps kernels there on a GPU, and warns where there is no folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))

@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from benchmarks import fast
+import torch
+from benchmarks import fast, memory
 
 from speculens import load_drafter, load_target
 from speculens.errors import UserError
@@ -21,6 +22,16 @@ def test_a_dry_run_ends_in_one_line_of_json(monkeypatch, capsys, tmp_path):
     assert 0 < kept["none"]["promised"] < kept["llava-eaglevlm"]["promised"]
     saved = json.loads((tmp_path / "memory.json").read_text())
     assert saved == results["setting"] | results["memory"]
+
+
+def test_a_peak_leaves_out_weights_that_only_lie_there(monkeypatch):
+    idle = torch.nn.Linear(10, 5, dtype=torch.float16)
+    used = []
+    for name, answer in {"empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 1000}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert memory.peak(torch.device("cuda"), [idle], lambda: used.append(1)) == 1000 - 2 * (10 * 5 + 5)
+    assert memory.peak(torch.device("cpu"), [idle], lambda: used.append(2)) is None
+    assert used == [1, 2]
 
 
 def test_rests_between_kernels_are_the_hosts_if_they_are_long():
