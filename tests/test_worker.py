@@ -21,6 +21,7 @@ from speculens.server import worker
 from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Cancel, Piece, Refusal
 from speculens.server.worker import Worker
+from speculens.targets import Target
 from speculens.tree import DraftTree
 
 CHUNK = 8
@@ -86,9 +87,11 @@ def client(engine):
 
 
 def own_text(question=QUESTION, tokens=8):
-    """What the target says by itself."""
+    """What the target says by itself: another model of the same weights, for the worker's thread may still run it."""
     asked = Sampling(**SAMPLING, ignore_eos=True, max_new_tokens=tokens)
-    return Engine(oracle.target("llava"), capacity=1200).generate(Conversation.user(question), asked).text
+    other = Target(tiny.model("llava", attn="eager"), tiny.processor("llava"))
+    assert other.model is not oracle.target("llava").model
+    return Engine(other, capacity=1200).generate(Conversation.user(question), asked).text
 
 
 @pytest.mark.parametrize("baseline", [False, True], ids=["same engine", "the other engine"])
