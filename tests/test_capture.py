@@ -1,6 +1,8 @@
 """A step is the same tensor operations on the same buffers each time: what CUDA graphs need, shown without a GPU."""
 
 import functools
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -243,7 +245,7 @@ def test_recorded_prompts_give_the_tokens_of_eager_ones(recorded_prompts, family
     samplings = [Sampling(max_new_tokens=LENGTHS[i % 4], temperature=i % 2, seed=i) for i in range(len(asked))]
     eager, engine = engine_for("eaglevlm", family, slots=3), recorded_prompts(family, slots=3)
     graphs = engine._target._graphs
-    graphs._embeds.fill_(float("nan"))
+    graphs._rows.embeds.fill_(float("nan"))
     texts = [[one.tokens for one in each.generate_all(asked, samplings)] for each in (eager, engine)]
     assert texts[0] == texts[1]
     plain = sum(len(prompt) <= graphs.sizes[0] and family != "qwen3_vl" for prompt in asked)  # deepstack is not plain
@@ -268,7 +270,7 @@ def test_a_recorded_prompt_touches_its_own_row_alone(recorded_prompts, row):
 
 
 def graph_size(session, prompt):
-    return session._graphs._bucket(len(prompt))
+    return session._graphs.bucket(len(prompt))
 
 
 def test_prompts_that_are_too_long_or_come_in_pieces_are_launched_as_ever(recorded_prompts, monkeypatch):
@@ -294,6 +296,19 @@ def test_prompts_are_recorded_also_where_steps_cannot_be(monkeypatch):
     assert engine.generate(shortest, Sampling(max_new_tokens=4)).tokens
     assert recorder.replays == 1
     assert engine._recorder.captures == engine._recorder.replays == 0
+
+
+def test_an_engine_that_is_thrown_away_gives_its_cache_back_at_once(recorded_prompts):
+    """By references alone: on a GPU that is the memory of the next engine, long before Python collects its garbage."""
+    gc.disable()
+    try:
+        engine = recorded_prompts("llava")
+        assert engine.generate(requests("llava")[0], Sampling(max_new_tokens=2)).tokens
+        block = weakref.ref(next(iter(engine._target.cache._blocks.values())))
+        del engine
+        assert block() is None
+    finally:
+        gc.enable()
 
 
 def test_where_nothing_is_recorded_prompts_are_not():

@@ -1,9 +1,12 @@
 """Slots, steps, ends and errors: what a caller of the engine may rely on."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Gemma3Model, LlavaModel
 
 import speculens.engine
 import tiny
@@ -290,6 +293,59 @@ def test_the_models_own_state_is_neither_used_nor_needed(monkeypatch):
         tokens += step.tokens
         monkeypatch.setattr(tiny.model("qwen2_5_vl").model, "rope_deltas", torch.tensor([[777]]))
     compare(tokens, reference("qwen2_5_vl", Ask(), LONG))
+
+
+# Threads
+
+
+@pytest.mark.parametrize("name", ["none", "oracle"])
+def test_a_step_in_one_thread_goes_on_while_another_fills_a_prompt_in(name, monkeypatch):
+    """A prompt is filled in by a hook on the text decoder, which steps of other engines call."""
+    family, asks = "gemma3", [Ask(), Ask(seed=1)]
+    running = Engine(target(family), drafter(name, family, asks[:1], [LONG]), capacity=CAPACITY)
+    slot = running.admit(prompt(family, asks[0]), LONG).slot
+    merge, turns = Gemma3Model.get_placeholder_mask, []
+
+    def meanwhile(*args: object, **kwargs: object):
+        if not turns:
+            turns.append(len(slot.tokens))
+            while running.running:
+                in_another_thread(running.step)
+        return merge(*args, **kwargs)
+
+    monkeypatch.setattr(Gemma3Model, "get_placeholder_mask", meanwhile)
+    filled = Engine(target(family), capacity=CAPACITY).generate(prompt(family, asks[1]), SHORT)
+    assert turns == [1], "the step ran beside the prompt"
+    compare(slot.tokens, reference(family, asks[0], LONG))
+    compare(filled.tokens, reference(family, asks[1], SHORT))
+
+
+def in_another_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
+
+
+def test_prompts_of_one_target_are_filled_in_one_after_the_other(monkeypatch):
+    merge, inside, most = LlavaModel.get_placeholder_mask, [], []
+    asks = [Ask(images=1 + i % 2, seed=i) for i in range(3)]
+
+    def watched(*args: object, **kwargs: object):
+        inside.append(None)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+        return merge(*args, **kwargs)
+
+    def answers(number):
+        engine = Engine(target("llava"), capacity=CAPACITY)
+        return [engine.generate(prompt("llava", ask), SHORT).tokens for ask in asks[number:] + asks[:number]]
+
+    wanted = [reference("llava", ask, SHORT) for ask in asks]
+    monkeypatch.setattr(LlavaModel, "get_placeholder_mask", watched)
+    with ThreadPoolExecutor(3) as pool:
+        for number, got in enumerate(pool.map(answers, range(3))):
+            assert got == wanted[number:] + wanted[:number]
+    assert most == [1] * 9
 
 
 # Refusals

@@ -8,8 +8,9 @@ the decoder is called directly with embeddings, positions, a 4-D mask and our ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -74,6 +75,7 @@ class Target:
         self._fused: FusedDecoder | None = None
         self._fusible = True
         self._towers: list[TowerGraphs] = []
+        self._entering = threading.Lock()
 
     # What the model is
 
@@ -214,28 +216,21 @@ class Target:
             return Features(tokens, hidden.to(self.device), embeds, positions, image, lengths)
 
     def at_the_door(self, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
-        """Run the model's own forward up to its text decoder and return what would have gone in."""
+        """Run the model's own forward up to its text decoder and return what would have gone in.
+
+        One thread at a time; others may step meanwhile.
+        """
         inputs = inputs | self.positions(inputs)
         # The host reads these.
         sizes = ("image_sizes", *(("image_grid_thw", "video_grid_thw") if self._foresees else ()))
         kept = {name: inputs[name] for name in sizes if name in inputs}
-        caught: dict[str, Any] = {}
-
-        def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.update(kwargs)
-            raise _StoppedError
-
-        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with ExitStack() as blocks:
-                blocks.enter_context(for_any_shape(self.device))  # pictures have many, and towers use torch's attention
-                for tower in self._towers:
-                    blocks.enter_context(tower.in_place())
-                self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
-        except _StoppedError:
-            pass
-        finally:
-            handle.remove()
+        with ExitStack() as blocks:
+            blocks.enter_context(self._entering)
+            blocks.enter_context(for_any_shape(self.device))  # pictures have many, and towers use torch's attention
+            for tower in self._towers:
+                blocks.enter_context(tower.in_place())
+            caught = blocks.enter_context(_stopped_at(self.decoder))
+            self.model(**(self.fitted(inputs) | kept), **cache_arguments(self.model, cache))
         if "inputs_embeds" not in caught:
             raise UserError(f"{type(self.model).__name__} does not pass merged embeddings to a text decoder.")
         return caught
@@ -307,6 +302,29 @@ def _check_build(model: PreTrainedModel) -> None:
 
 class _StoppedError(Exception):
     """Raised by our own hook to leave the model's forward."""
+
+
+@contextmanager
+def _stopped_at(decoder: nn.Module) -> Iterator[dict[str, Any]]:
+    """A block that ends where this thread calls the decoder; what would have gone in is then in the dict.
+
+    Engines of one target may run in threads of their own, and another one's step is none of our business.
+    """
+    caught: dict[str, Any] = {}
+    mine = threading.get_ident()
+
+    def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == mine:
+            caught.update(kwargs)
+            raise _StoppedError
+
+    handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield caught
+    except _StoppedError:
+        pass
+    finally:
+        handle.remove()
 
 
 class TargetSession:
