@@ -24,8 +24,10 @@ def peak(device: torch.device, others: Iterable[Drafter], work: Callable[[], obj
 
 
 def weights(drafter: Drafter) -> int:
-    """Bytes of a drafter's own parameters."""
-    return sum(one.nbytes for one in drafter.parameters()) if isinstance(drafter, torch.nn.Module) else 0
+    """Bytes of a drafter's own weights; those in 8 bits are buffers."""
+    if not isinstance(drafter, torch.nn.Module):
+        return 0
+    return sum(one.nbytes for one in (*drafter.parameters(), *drafter.buffers()))
 
 
 def allocated(device: torch.device) -> int:

@@ -34,7 +34,7 @@ from speculens.bench.measure import CLOSER, Bench, Progress
 from speculens.bench.record import NONE, RunFolder
 from speculens.bench.suites import Case, from_files
 from speculens.data.respond import Asking
-from speculens.drafters import METHODS, Drafter
+from speculens.drafters import METHODS, Drafter, TrainedDrafter
 from speculens.errors import UserError
 from speculens.targets import Prompt, Target
 from speculens.training.measure import Exam
@@ -84,6 +84,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for the measurement; loading comes on top")
     parser.add_argument("--widen", action="store_true", help="at a 7B's cost, on a GPU (benchmarks.widen)")
+    parser.add_argument("--int8", action="store_true", help="drafters hold their matrices in 8 bits")
     parser.add_argument("--closer", type=int, default=CLOSER, help="prompts decoded once more, to see where time goes")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
@@ -105,11 +106,15 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def contenders(given: argparse.Namespace) -> tuple[Target, dict[str, Drafter]]:
     """The target and its drafters, in their own shape or in a 7B's."""
     target = load_target(given.target, device=given.device, dtype=given.dtype)
-    drafters = loaded(target, given.drafter or beside(given.target))
-    if not given.widen:
-        return target, drafters
-    wide = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
-    return wide, {name: widen_drafter(drafter, wide) for name, drafter in drafters.items()}
+    drafters = loaded(target, given.drafter or beside(given.target), int8=False)
+    if given.widen:
+        target = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
+        drafters = {name: widen_drafter(drafter, target) for name, drafter in drafters.items()}
+    if given.int8:
+        for drafter in drafters.values():
+            if isinstance(drafter, TrainedDrafter):
+                drafter.press()
+    return target, drafters
 
 
 def beside(target: str) -> list[str]:
@@ -118,11 +123,10 @@ def beside(target: str) -> list[str]:
     return [*found, "lookup"]
 
 
-def loaded(target: Target, names: Sequence[str]) -> dict[str, Drafter]:
-    """Drafters by the last part of their names, ready for the target."""
-    return {
-        Path(name).name: load_drafter(name, target=target, dtype=target.dtype, device=target.device) for name in names
-    }
+def loaded(target: Target, names: Sequence[str], *, int8: bool | None = None) -> dict[str, Drafter]:
+    """Drafters by the last part of their names, ready for the target; int8 as `load_drafter` takes it."""
+    ready = {"target": target, "dtype": target.dtype, "device": target.device, "int8": int8}
+    return {Path(name).name: load_drafter(name, **ready) for name in names}
 
 
 def measured(

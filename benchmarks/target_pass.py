@@ -1,7 +1,7 @@
 r"""What a target pass and growing a tree cost, and their parts: kernels checked, then timed beside what they replace.
 
     python -m benchmarks.target_pass --out target_pass.json   (a GPU, about two minutes)
-    python -m benchmarks.target_pass --products               (a GPU, 90 seconds: products of few rows by tile)
+    python -m benchmarks.target_pass --products [--int8]      (a GPU, 90 seconds: products of few rows by tile)
     python -m benchmarks.target_pass --tiny                   (any machine: runs every line, says nothing of speed)
 
 A pass over one node reads all weights once; that time is the floor, printed beside each figure. Everything is timed as
@@ -36,6 +36,7 @@ from speculens.attention import TreeMask, causal_attention, folded_attention, tr
 from speculens.cache import SlotCache, cache_arguments
 from speculens.drafters import grow as grow_file
 from speculens.drafters.grow import Beam, Created, best, extend, grow, likeliest
+from speculens.int8 import press
 from speculens.targets.attention import NAME
 from speculens.targets.fused import FusedDecoder
 from speculens.tree import DraftTree, TreeShape
@@ -64,6 +65,22 @@ ROW_TILES = [  # outputs, inputs, warps, programs a processor: see `kernels.Tile
     (256, 64, 8, 2),
     (256, 128, 8, 1),
 ]
+INT8_TILES = [
+    (64, 128, 4, 2),
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 256, 4, 1),
+    (64, 256, 4, 2),
+    (64, 256, 4, 3),
+    (64, 512, 4, 1),
+    (64, 512, 4, 2),
+    (128, 128, 4, 2),
+    (128, 128, 8, 2),
+    (128, 256, 4, 1),
+    (128, 256, 8, 1),
+    (128, 256, 8, 2),
+    (256, 128, 8, 1),
+]
 VOCABULARIES = (32064, 32768, 152064)
 TILES = [(8, 512, 4), (4, 1024, 4), (4, 512, 4), (2, 1024, 4), (16, 256, 4), (1, 2048, 4)]
 
@@ -74,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
     parser.add_argument("--products", action="store_true", help="only the products of few rows, by tile")
+    parser.add_argument("--int8", action="store_true", help="the same for weights in 8 bits")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
@@ -82,7 +100,7 @@ def main() -> None:
     FIGURES["torch"] = torch.__version__
     shapes = TINY if given.tiny else SEVEN_B
     if given.products:
-        part("products_of_few_rows", lambda: time_few_rows(shapes, repeats))
+        part("products_of_few_rows", lambda: time_few_rows(shapes, repeats, int8=given.int8))
     else:
         part("correct", check_kernels)
         part("drafting", lambda: time_drafting(repeats, *(((320,), 64) if given.tiny else (VOCABULARIES, 3584))))
@@ -216,19 +234,27 @@ def check_kernels() -> dict[str, float]:  # noqa: C901 - a list of cases
             compare(f"rotate_into {what} {'with' if gains else 'without'} norms", got, want)
     _check_drafting(compare, generator)
     if CUDA:
-        from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
-
-        for outputs, inputs in ((3584, 18944), (37, 700)):
-            row, weight, bias = randn(1, 1, inputs), randn(outputs, inputs), randn(outputs)
-            want = F.linear(row.double(), weight.double(), bias.double())
-            for tile in TILES:
-                got = kernels.linear_row(row, weight, bias, block_n=tile[0], block_k=tile[1], num_warps=tile[2])
-                compare(f"linear_row {outputs}x{inputs} {tile}", got, want)
-            for rows in (2, 16, 33, 64):
-                states = randn(1, rows, inputs)
-                want = F.linear(states.double(), weight.double(), bias.double())
-                compare(f"linear_rows {outputs}x{inputs} N={rows}", kernels.linear_rows(states, weight, bias), want)
+        _check_products(compare, randn)
     return errors
+
+
+def _check_products(compare: Callable[[str, Tensor, Tensor], None], randn: Callable[..., Tensor]) -> None:
+    from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
+
+    for outputs, inputs in ((3584, 18944), (37, 700)):
+        weight, bias = randn(outputs, inputs), randn(outputs)
+        numbers, scales = press(weight)
+        for rows in (1, 2, 16, 33, 64, 150):
+            states = randn(1, rows, inputs)
+            want = F.linear(states.double(), weight.double(), bias.double())
+            if rows == 1:
+                for n, k, warps in TILES:
+                    got = kernels.linear_row(states, weight, bias, block_n=n, block_k=k, num_warps=warps)
+                    compare(f"linear_row {outputs}x{inputs} {(n, k, warps)}", got, want)
+            else:
+                compare(f"linear_rows {outputs}x{inputs} N={rows}", kernels.linear_rows(states, weight, bias), want)
+            want = F.linear(states.double(), numbers.double() * scales, bias.double())
+            compare(f"int8 {outputs}x{inputs} N={rows}", ops.linear(states, numbers, bias, scales), want)
 
 
 def _cache(
@@ -522,20 +548,23 @@ def _parts(name: str, shape: Shape, decoder: Any, nodes: int, repeats: int) -> d
 # Products of few rows
 
 
-def time_few_rows(shapes: dict[str, Shape], repeats: int) -> dict[str, Any]:
-    """The library's products against `linear_rows` by tile, microseconds of each, and milliseconds of all in a pass."""
+def time_few_rows(shapes: dict[str, Shape], repeats: int, *, int8: bool) -> dict[str, Any]:
+    """The library's products against `linear_rows` by tile, microseconds of each, and milliseconds of all in a pass.
+
+    int8  our weights in 8 bits; the library's are in 16 all the same
+    """
     from speculens import kernels  # noqa: PLC0415 - there need not be Triton elsewhere
 
-    tiles = [kernels.Tile(*sizes) for sizes in ROW_TILES]
+    tiles = [kernels.Tile(*sizes) for sizes in (INT8_TILES if int8 else ROW_TILES)]
     products = {name: _products_of(shape) for name, shape in shapes.items()}
-    broken = _compile_tiles([size for own in products.values() for size in own.values()], tiles)
+    broken = _compile_tiles([size for own in products.values() for size in own.values()], tiles, int8=int8)
     say(f"compiled; {len(broken)} failed")
     lines, passes = [], {}
     for name, shape in shapes.items():
         own = [
             {"model": name, "what": what} | line
             for what, (outputs, inputs) in products[name].items()
-            for line in _few_rows(outputs, inputs, tiles, broken, max(2, repeats // 2))
+            for line in _few_rows(outputs, inputs, tiles, broken, max(2, repeats // 2), int8=int8)
         ]
         lines += own
         passes[name] = {rows: _pass_by_tile(own, shape, rows) for rows in ROW_COUNTS}
@@ -569,21 +598,22 @@ def _variant(rows: int, outputs: int, inputs: int, tile: Any) -> tuple[Any, ...]
     return kernels.padded_rows(rows), parts, inputs % tile.inputs == 0, tile
 
 
-def _worthwhile(rows: int, tile: Any) -> bool:
+def _worthwhile(rows: int, tile: Any, *, int8: bool) -> bool:
     """Whether something is in flight while a step along K is worked on."""
     from speculens import kernels  # noqa: PLC0415
 
-    return kernels.stages(rows, tile, torch.empty(0, device=DEVICE, dtype=DTYPE)) >= 3
+    x, weight = (torch.empty(0, device=DEVICE, dtype=dtype) for dtype in (DTYPE, torch.int8 if int8 else DTYPE))
+    return kernels.stages(rows, tile, x, weight) >= 3
 
 
-def _compile_tiles(sizes: list[tuple[int, int]], tiles: list[Any]) -> dict[tuple[Any, ...], str]:
+def _compile_tiles(sizes: list[tuple[int, int]], tiles: list[Any], *, int8: bool) -> dict[tuple[Any, ...], str]:
     """Fill Triton's cache on disk in processes of their own; the variants that failed, and why."""
     jobs = {
-        _variant(rows, *size, tile): (rows, *size, tile)
+        _variant(rows, *size, tile): (rows, *size, tile, int8)
         for tile in tiles
         for size in sizes
         for rows in ROW_COUNTS
-        if _worthwhile(rows, tile)
+        if _worthwhile(rows, tile, int8=int8)
     }
     say(f"{len(jobs)} variants to compile")
     with ProcessPoolExecutor(14 if CUDA else 1, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
@@ -591,14 +621,15 @@ def _compile_tiles(sizes: list[tuple[int, int]], tiles: list[Any]) -> dict[tuple
         return {variant: f"{variant}: {error}" for variant, error in zip(jobs, errors, strict=True) if error}
 
 
-def _run_tile(job: tuple[int, int, int, Any]) -> str | None:
+def _run_tile(job: tuple[int, int, int, Any, bool]) -> str | None:
     """Compile and launch once; why that failed."""
     from speculens import kernels  # noqa: PLC0415
 
-    rows, outputs, inputs, tile = job
+    rows, outputs, inputs, tile, int8 = job
     try:
         x, weight = (torch.zeros(lines, inputs, device=DEVICE, dtype=DTYPE) for lines in (rows, outputs))
-        kernels.linear_rows(x, weight, tile=tile)
+        weight, scales = press(weight) if int8 else (weight, None)
+        kernels.linear_rows(x, weight, scales=scales, tile=tile)
         if CUDA:
             torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - not every error of a compiler can be sent to another process
@@ -607,41 +638,42 @@ def _run_tile(job: tuple[int, int, int, Any]) -> str | None:
 
 
 def _few_rows(
-    outputs: int, inputs: int, tiles: list[Any], broken: dict[tuple[Any, ...], str], repeats: int
+    outputs: int, inputs: int, tiles: list[Any], broken: dict[tuple[Any, ...], str], repeats: int, *, int8: bool
 ) -> list[dict[str, Any]]:
     """One product; as many copies of its weight in turn as no cache holds."""
-    from speculens import kernels  # noqa: PLC0415
-
-    copies = -(-400_000_000 // (outputs * inputs * 2)) if CUDA else 1
+    copies = -(-400_000_000 // (outputs * inputs * (1 if int8 else 2))) if CUDA else 1
     weights = torch.randn(copies, outputs, inputs, device=DEVICE, dtype=DTYPE).mul_(inputs**-0.5)
-    exact = weights[0].double()
+    ours: list[Any] = [press(weight) if int8 else (weight, None) for weight in weights]
+    numbers, scales = ours[0]
+    exact = numbers.double() if scales is None else numbers.double() * scales
     lines = []
     for rows in ROW_COUNTS:
         x = torch.randn(1, rows, inputs, device=DEVICE, dtype=DTYPE)
         want = x.double() @ exact.T
 
-        def spent(product: Callable[..., Tensor], x: Tensor = x) -> float:
-            return round(1e3 * clock(lambda: [product(x, weight) for weight in weights], repeats) / copies, 2)
+        def spent(product: Callable[..., Tensor], weights: Any, x: Tensor = x) -> float:
+            return round(1e3 * clock(lambda: [product(x, *weight) for weight in weights], repeats) / copies, 2)
 
-        line: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "rows": rows, "cublas_us": spent(F.linear)}
+        line: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "rows": rows}
+        line["cublas_us"] = spent(F.linear, [(weight,) for weight in weights])
         line["tiles_us"], line["wrong"] = {}, {}
         for tile in tiles:
             label = "x".join(map(str, tile))
-            if not _worthwhile(rows, tile) or _variant(rows, outputs, inputs, tile) in broken:
+            if not _worthwhile(rows, tile, int8=int8) or _variant(rows, outputs, inputs, tile) in broken:
                 continue
-            product = partial(kernels.linear_rows, tile=tile)
+            product = partial(_rows_product, tile=tile)
             try:
-                got = product(x, weights[0]).clone()
+                got = product(x, *ours[0]).clone()
                 gap = float((got.double() - want).abs().max() / want.abs().max())
                 if not gap < 2e-2:
                     line["wrong"][label] = gap
-                line["tiles_us"][label] = spent(product)
-                if not got.equal(product(x, weights[0])):
+                line["tiles_us"][label] = spent(product, ours)
+                if not got.equal(product(x, *ours[0])):
                     line["wrong"][label] = f"{gap:.1e}, and not the same again"
             except Exception as error:  # noqa: BLE001 - the other tiles still count
                 line["wrong"][label] = str(error)[:200]
         lines.append(line)
-        gigabytes = outputs * inputs * weights.element_size() / 1e3
+        gigabytes = outputs * inputs * numbers.element_size() / 1e3
         best = sorted(line["tiles_us"].items(), key=lambda pair: pair[1])[:3]
         say(
             f"{outputs:6d} x {inputs:5d}, {rows:2d} rows: cuBLAS {line['cublas_us']:6.1f} us "
@@ -650,6 +682,12 @@ def _few_rows(
             + (f"  <-- WRONG {line['wrong']}" if line["wrong"] else "")
         )
     return lines
+
+
+def _rows_product(x: Tensor, weight: Tensor, scales: Tensor | None, tile: Any) -> Tensor:
+    from speculens import kernels  # noqa: PLC0415
+
+    return kernels.linear_rows(x, weight, scales=scales, tile=tile)
 
 
 def _pass_by_tile(lines: list[dict[str, Any]], shape: Shape, rows: int) -> dict[str, float]:

@@ -417,7 +417,7 @@ def main() -> None:
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     rows = []
     for name in ["none", *given.drafter]:
-        drafter = load_drafter(name, device=given.device, dtype=given.dtype)
+        drafter = load_drafter(name, device=given.device, dtype=given.dtype, int8=False)
         one, other = (
             [ask(engine, prompt, sampling) for prompt in prompts]
             for engine in (Engine(small, drafter), Engine(wide, widen_drafter(drafter, wide)))

@@ -27,6 +27,7 @@ from speculens.conversation import Conversation  # noqa: E402
 from speculens.drafters import METHODS, LookupDrafter, NoDrafter  # noqa: E402
 from speculens.engine import Engine  # noqa: E402
 from speculens.sampling import Sampling  # noqa: E402
+from speculens.stats import Stats  # noqa: E402
 from speculens.targets import Target, load_target  # noqa: E402
 from speculens.targets.base import Prompt  # noqa: E402
 from speculens.targets.load import prepare  # noqa: E402
@@ -175,6 +176,26 @@ def check_testbed(name: str) -> None:
         assert captured._target._graphs.recorder.replays == len(prompts)
 
 
+def check_int8(name: str) -> None:
+    """A drafter in 8 bits guesses as well in recorded steps, by our kernels, as one in 16."""
+    weights = ROOT / "testbed" / "weights"
+    trained = load_target(str(weights / name), device="cuda", dtype=torch.bfloat16)
+    prompts = [
+        trained.encode(Conversation.user("Describe the picture.", images=[tiny.picture(number)])) for number in range(4)
+    ]
+    lengths = []
+    for int8 in (False, True):
+        drafter = load_drafter(
+            str(weights / f"{name}-hivis"), dtype=torch.bfloat16, device="cuda", target=trained, int8=int8
+        )
+        engine = Engine(trained, drafter, slots=2, capacity=1024)
+        answers = engine.generate_all(prompts, Sampling(max_new_tokens=120))
+        assert engine._recorder.on and engine._recorder.replays > 0
+        lengths.append(Stats.total(answer.stats for answer in answers).mean_acceptance_length)
+    assert lengths[0] > 1.5
+    assert abs(lengths[1] - lengths[0]) < 0.1 * lengths[0], lengths
+
+
 def check_plain_attention() -> None:
     """It would be planned anew by cuDNN, which torch prefers on some devices."""
     queries, keys = (torch.randn(3, 4, rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (32, 96))
@@ -199,6 +220,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"tower of {family}", functools.partial(check_towers, family)
     for name in ("llava", "qwen2_5_vl"):
         yield f"testbed {name}", functools.partial(check_testbed, name)
+        yield f"eight bits on {name}", functools.partial(check_int8, name)
 
 
 def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:

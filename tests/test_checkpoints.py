@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from oracle import CAPACITY, Ask, compare, oracle, prompt, random_eagle, reference, target
 from speculens.checkpoints import load_drafter, read_config, save_drafter
-from speculens.checkpoints.int8 import pressed, restored
 from speculens.drafters import DrafterConfig, EagleDrafter, LookupDrafter, NoDrafter
 from speculens.engine import Engine
 from speculens.errors import UserError
+from speculens.int8 import pressed, restored
 from speculens.sampling import Sampling
 from speculens.targets import Target, load_target
 from speculens.training.config import DrafterRecipe

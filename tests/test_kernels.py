@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed (torch for CPUs co
 from speculens import kernels, ops
 from speculens.attention import TreeMask, tree_attention
 from speculens.cache import SlotCache
+from speculens.int8 import press
 
 # Triton's interpreter turns arrays of one element into numbers, which newer NumPy dislikes.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -138,7 +139,7 @@ def test_linear_on_one_row(outputs, inputs, bias):
         (10, 37, 100, kernels.Tile(16, 32, 4, 2), 2),  # nothing is a multiple of its block
         (17, 70, 96, kernels.Tile(16, 32, 4, 1), 3),  # four whole tiles, and the fifth in parts
         (33, 16, 500, kernels.Tile(16, 32, 4, 4), 8),
-        (60, 128, 64, kernels.NARROW, 1),
+        (60, 128, 64, kernels.TILES[0], 1),
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])
@@ -185,6 +186,43 @@ def test_few_rows_without_gradients_take_the_kernels(monkeypatch, bias):
             torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), want, **CLOSE[dtype])
         ops.linear(x, layer.weight, layer.bias).sum().backward()  # training keeps torch's, which has gradients
     assert taken == ["linear_row", "linear_rows"] and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 512), (37, 700)])
+@pytest.mark.parametrize("rows", [1, 2, 10, 64, 65, 150])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_with_a_weight_in_eight_bits(dtype, outputs, inputs, rows, bias):
+    x, (weight, scales) = randn(1, rows, inputs, dtype=dtype), press(randn(outputs, inputs) * randn(outputs, 1).exp())
+    added = randn(outputs, dtype=dtype) if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double() * scales, added if added is None else added.double())
+    got = kernels.linear_rows(x, weight, added, scales)
+    assert got.shape == want.shape
+    assert float((got.double() - want).norm() / want.norm()) < (1e-4 if dtype == torch.float32 else 1e-3)
+
+
+def test_rows_are_halved_to_what_they_were():
+    x = torch.cat([randn(3, 700).exp() * randn(3, 700), torch.zeros(1, 700, device=DEVICE)])
+    parts, steps = kernels._halved(x)
+    back = (128 * parts[0].double() + parts[1]) * steps[:, None]
+    assert ((back - x).abs() <= 0.501 * steps[:, None]).all()
+    assert torch.equal(parts[0].abs().amax(1).long().cpu(), torch.tensor([127, 127, 127, 0]))
+    assert (steps[:3] == x[:3].abs().amax(1) / 16256).all()
+
+
+@torch.no_grad()
+def test_more_rows_of_eight_bits_take_the_kernels(monkeypatch):
+    """Else the whole matrix is made anew each time."""
+    taken = []
+    monkeypatch.setattr(kernels, "linear_rows", lambda x, *_: taken.append(x.shape[-2]))
+    monkeypatch.setattr(ops, "kernels_for", lambda _: kernels)
+    weight, scales = press(randn(8, 16))
+    for rows in (1, 64, ops.STREAMED_INT8_ROWS):
+        ops.linear(randn(1, rows, 16, dtype=torch.float16), weight, None, scales)
+    many = ops.linear(randn(1, ops.STREAMED_INT8_ROWS + 1, 16, dtype=torch.float16), weight, None, scales)
+    assert many.dtype == torch.float16
+    assert ops.linear(randn(1, 3, 16), weight, None, scales).dtype == torch.float32
+    assert taken == [1, 64, ops.STREAMED_INT8_ROWS]
 
 
 def test_the_default_number_of_splits(monkeypatch):

@@ -157,7 +157,7 @@ def linear_row(
     out = row.new_empty(*row.shape[:-1], outputs)
     with _on(row):
         _linear_row[(triton.cdiv(outputs, block_n),)](
-            row.contiguous(), weight, weight if bias is None else bias, out, outputs, inputs, weight.stride(0),
+            row.contiguous(), weight, bias, out, outputs, inputs, weight.stride(0),
             BIAS=bias is not None, EVEN=inputs % block_k == 0, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
         )  # fmt: skip
     return out
@@ -197,13 +197,21 @@ class Tile(NamedTuple):
 
 
 # Of those measured on an H200 (docs/benchmarks.md), for weights of no more tiles than processors, and for others.
-NARROW, WIDE = Tile(64, 256, 4, 1), Tile(64, 128, 4, 2)
+TILES = Tile(64, 256, 4, 1), Tile(64, 128, 4, 2)
+INT8_TILES = Tile(64, 256, 4, 2), Tile(128, 128, 8, 2)
+MOST_ROWS = 64  # of one launch
+HALF = tl.constexpr(128)
 STREAMS = 64  # that can count arrivals at the same time
 _streams = count()
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
-    """`F.linear` of 2 to 64 rows (..., K): streams the weight (N, K) once, all rows against each piece of it.
+def linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, *, tile: Tile | None = None
+) -> Tensor:
+    """`ops.linear` of several rows (..., K): streams the weight (N, K) once for each 64 of them.
+
+    A weight in 8 bits is multiplied as it is, by the rows as two whole numbers of 8 bits each (`_halved`): turning it
+    into numbers of 16 bits first would take as long as reading those.
 
     Weight and rows change places, so that the weight fills the long side of the tensor cores. Programs that would run
     alone at the end, or leave processors idle from the start, are split along K: each part leaves its sums, and who
@@ -212,21 +220,27 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: 
     """
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
+    if rows > MOST_ROWS:
+        pieces = x.reshape(rows, inputs).split(MOST_ROWS)
+        return torch.cat([linear_rows(each, weight, bias, scales, tile=tile) for each in pieces]).view(
+            *x.shape[:-1], -1
+        )
     block_m = padded_rows(rows)
     processors = _processors(x.device)
-    tile = tile or (NARROW if outputs <= NARROW.outputs * processors else WIDE)
+    tile = tile or _tile(outputs, processors, weight.dtype)
     whole, splits, share = shares(outputs, inputs, tile, processors)
     parts = (triton.cdiv(outputs, tile.outputs) - whole) * splits
     out = x.new_empty(*x.shape[:-1], outputs)
     partial = x.new_empty(parts * tile.outputs * block_m, dtype=torch.float32)
     with _on(x):
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        states, steps = (x.contiguous(), None) if scales is None else _halved(x.reshape(rows, inputs))
         _linear_rows[(whole + parts,)](
-            x.contiguous(), weight, weight if bias is None else bias, out, partial, _arrivals(x.device, stream),
+            states, steps, weight, scales, bias, out, partial, _arrivals(x.device, stream),
             rows, outputs, inputs, weight.stride(0), whole, share,
-            BIAS=bias is not None, EVEN=inputs % tile.inputs == 0, SPLITS=splits,
+            BIAS=bias is not None, INT8=scales is not None, EVEN=inputs % tile.inputs == 0, SPLITS=splits,
             BLOCK_M=block_m, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs,
-            num_warps=tile.warps, num_stages=max(1, stages(rows, tile, x)),
+            num_warps=tile.warps, num_stages=max(1, stages(rows, tile, x, weight)),
         )  # fmt: skip
     return out
 
@@ -236,10 +250,16 @@ def padded_rows(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
-def stages(rows: int, tile: Tile, x: Tensor) -> int:
+def _tile(outputs: int, processors: int, dtype: torch.dtype) -> Tile:
+    narrow, wide = INT8_TILES if dtype == torch.int8 else TILES
+    return narrow if outputs <= narrow.outputs * processors else wide
+
+
+def stages(rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
     """How many steps along K lie in the shared memory at once, at most 8: what keeps the memory busy is in flight."""
     room = _shared_memory(x.device) // tile.programs - 1024  # the driver keeps a kilobyte of each program's part
-    return min(8, room // ((tile.outputs + padded_rows(rows)) * tile.inputs * x.element_size()))
+    column = tile.outputs * weight.element_size() + padded_rows(rows) * x.element_size()
+    return min(8, room // (column * tile.inputs))
 
 
 def shares(outputs: int, inputs: int, tile: Tile, processors: int) -> tuple[int, int, int]:
@@ -255,8 +275,8 @@ def shares(outputs: int, inputs: int, tile: Tile, processors: int) -> tuple[int,
 
 @triton.jit(do_not_specialize=["rows", "whole"])
 def _linear_rows(
-    x, weight, bias, out, partial, arrived, rows, outputs, inputs, stride, whole, share,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    x, steps, weight, scales, bias, out, partial, arrived, rows, outputs, inputs, stride, whole, share,
+    BIAS: tl.constexpr, INT8: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -271,16 +291,24 @@ def _linear_rows(
     at = tl.arange(0, BLOCK_K)
     lines = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * stride + at[None, :]
     states = x + tl.minimum(m, rows - 1)[None, :] * inputs + at[:, None]
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INT8 else tl.float32)
+    rest = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for k in range(begin, end, BLOCK_K):
-        if EVEN:
-            w = tl.load(lines + k)
-            v = tl.load(states + k)
+        inside = k + at < inputs
+        w = tl.load(lines + k) if EVEN else tl.load(lines + k, mask=inside[None, :], other=0)
+        v = tl.load(states + k) if EVEN else tl.load(states + k, mask=inside[:, None], other=0)
+        if INT8:
+            low = states + rows * inputs + k
+            u = tl.load(low) if EVEN else tl.load(low, mask=inside[:, None], other=0)
+            total = tl.dot(w, v, acc=total, out_dtype=tl.int32)
+            rest = tl.dot(w, u, acc=rest, out_dtype=tl.int32)
         else:
-            inside = k + at < inputs
-            w = tl.load(lines + k, mask=inside[None, :], other=0)
-            v = tl.load(states + k, mask=inside[:, None], other=0)
-        total = tl.dot(w, v, acc=total, input_precision="ieee")
+            total = tl.dot(w, v, acc=total, input_precision="ieee")
+    if INT8:
+        total = total.to(tl.float32) * HALF + rest.to(tl.float32)
+        total *= (
+            tl.load(scales + tl.minimum(n, outputs - 1))[:, None] * tl.load(steps + tl.minimum(m, rows - 1))[None, :]
+        )
     if program < whole:
         _store_product(total, bias, out, m, n, rows, outputs, BIAS)
     else:
@@ -302,6 +330,33 @@ def _store_product(total, bias, out, m, n, rows, outputs, BIAS: tl.constexpr):
         total += tl.load(bias + n, mask=n < outputs, other=0).to(tl.float32)[:, None]
     target = out + m[None, :] * outputs + n[:, None]
     tl.store(target, total.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+
+
+def _halved(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, K) as whole numbers (2, n, K) int8 and steps (n,) float32: x = step (128 * first + second).
+
+    A step is one 16,256th of the largest number of its row, which bfloat16 itself rounds to one 256th.
+    """
+    rows, size = x.shape
+    parts = torch.empty(2, rows, size, dtype=torch.int8, device=x.device)
+    steps = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _halve[(rows,)](x.contiguous(), parts, steps, rows, size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return parts, steps
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _halve(x, parts, steps, rows, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + row * size + at, mask=inside, other=0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / (127 * HALF)
+    number = tl.floor(value / step + 0.5)
+    high = tl.floor(number / HALF + 0.5)
+    tl.store(parts + row * size + at, high.to(tl.int8), mask=inside)
+    tl.store(parts + (rows + row) * size + at, (number - high * HALF).to(tl.int8), mask=inside)
+    tl.store(steps + row, step)
 
 
 @cache

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from speculens.cache import SlotCache
 from speculens.errors import first_line
+from speculens.int8 import Int8Linear, widened
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +39,25 @@ class Joined:
 
     The layers' parameters become views of one tensor, so nothing is stored twice and the layers work as before.
     Whoever gives a parameter other storage afterwards (a cast, a move to another device) ends that: see `intact`.
-    Layers that cannot be joined (quantised or adapted ones) run one after another.
+    Layers that cannot be joined (adapted ones, or quantised by others) run one after another.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers: tuple[Any, ...] = tuple(layers)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.scales: Tensor | None = None
         if self.possible(layers):
             self.weight = _one_tensor([layer.weight for layer in self._layers])
             biases = [layer.bias for layer in self._layers if layer.bias is not None]
             self.bias = _one_tensor(biases) if biases else None
+            if type(layers[0]) is Int8Linear:
+                self.scales = torch.cat([layer.scales for layer in self._layers])
 
     @staticmethod
     def possible(layers: Sequence[Any]) -> bool:
         """Whether these are plain linear layers alike in input, dtype, device and in having a bias."""
-        if not all(type(layer) is nn.Linear for layer in layers):  # a subclass may do something else
+        if not all(type(layer) in (nn.Linear, Int8Linear) for layer in layers):  # a subclass may do something else
             return False
         kinds = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None) for x in layers}
         return len(kinds) == 1
@@ -73,7 +77,7 @@ class Joined:
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return torch.cat([layer(x) for layer in self._layers], -1)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.scales)
 
 
 @torch.no_grad()
@@ -92,19 +96,30 @@ ours for 60 (`benchmarks/target_pass.py`, and the same with `--products`).
 """
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O)."""
+STREAMED_INT8_ROWS = 256
+"""The same for int8, whose other way is to make the whole matrix anew: so many rows at most, 64 at a time."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """Inputs x (..., K) times weight (O, K), plus bias (O,): (..., O).
+
+    scales  (O, 1), where the weight is int8: what each of its rows is times
+    """
     rows = x.numel() // x.shape[-1]
-    streamed = 1 <= rows <= STREAMED_ROWS and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
+    most = STREAMED_ROWS if scales is None else STREAMED_INT8_ROWS
+    streamed = 1 <= rows <= most and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
     if streamed and (kernels := kernels_for(x)):
-        return kernels.linear_row(x, weight, bias) if rows == 1 else kernels.linear_rows(x, weight, bias)
-    return F.linear(x, weight, bias)
+        if rows == 1 and scales is None:
+            return kernels.linear_row(x, weight, bias)
+        return kernels.linear_rows(x, weight, bias, scales)
+    return F.linear(x, weight if scales is None else widened(weight, scales, x.dtype), bias)
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
     """A linear layer's output: `linear` with its weights, unless it is a subclass or something listens to it."""
-    plain = type(layer) is nn.Linear and not is_watched(layer)
-    return linear(x, layer.weight, layer.bias) if plain else layer(x)
+    if type(layer) not in (nn.Linear, Int8Linear) or is_watched(layer):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias, getattr(layer, "scales", None))
 
 
 def look_up(table: Any, tokens: Tensor) -> Tensor:

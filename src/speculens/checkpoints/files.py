@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from speculens.checkpoints.int8 import restored
 from speculens.drafters import TrainedDrafter
 from speculens.errors import UserError, first_line
 
@@ -52,7 +51,7 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, on the CPU; those in 8 bits are restored.
+    """Every tensor of a folder, on the CPU, as it is stored.
 
     Raises UserError if they are missing, broken or not finite.
     """
@@ -66,7 +65,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds numbers that are not finite (in {name}): train it again with a lower rate.")
-    return restored(state)
+    return state
 
 
 def stored_bytes(name: str) -> int | None:

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from speculens.checkpoints.files import find_folder, load_state, read_values, read_weights
-from speculens.checkpoints.int8 import pressed
 from speculens.checkpoints.published import is_published, load_published
 from speculens.drafters import METHODS, Drafter, DrafterConfig, LookupDrafter, NoDrafter, TrainedDrafter
 from speculens.errors import UserError
+from speculens.int8 import pressed, restored
 from speculens.targets.base import Target
 from speculens.targets.processing import pixel_bounds
 
@@ -47,10 +47,12 @@ def load_drafter(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     target: Target | None = None,
+    int8: bool | None = None,
 ) -> Drafter:
     """A drafter by folder, hub id, `none` or `lookup`, ready for a target of this dtype and device.
 
     target  the one that it will draft for; drafters in a published layout need it, because they do not name their own
+    int8    hold matrices in 8 bits (`TrainedDrafter.press`); by default where they are stored so and that is faster
     Raises UserError if it is missing, broken, or holds numbers that are not finite.
     """
     if str(name) == NoDrafter.name:
@@ -58,7 +60,12 @@ def load_drafter(
     if str(name) == LookupDrafter.name:
         return LookupDrafter()
     folder = find_folder(str(name))
-    drafter = load_published(folder, target) if is_published(folder) else _load_ours(folder)
+    if is_published(folder):
+        drafter, stored = load_published(folder, target), False
+    else:
+        drafter, stored = _load_ours(folder)
+    if int8 or (int8 is None and stored and _reads_int8(device, dtype)):
+        drafter.press()
     if target is not None:
         _compare_pictures(drafter.config, target)
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -75,13 +82,21 @@ def _compare_pictures(config: DrafterConfig, target: Target) -> None:
         )
 
 
-def _load_ours(folder: Path) -> TrainedDrafter:
+def _load_ours(folder: Path) -> tuple[TrainedDrafter, bool]:
+    """The drafter, and whether its matrices are stored in 8 bits."""
     config = read_config(folder)
     if config.speculator_type not in METHODS:
         raise UserError(
             f"{folder} is a '{config.speculator_type}' drafter; known methods are {', '.join(sorted(METHODS))}."
         )
-    return load_state(METHODS[config.speculator_type](config), read_weights(folder), folder)
+    state = read_weights(folder)
+    drafter = load_state(METHODS[config.speculator_type](config), restored(state), folder)
+    return drafter, any(tensor.dtype == torch.int8 for tensor in state.values())
+
+
+def _reads_int8(device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
+    """Whether our kernels read 8 bits there; elsewhere each pass would make the whole matrices anew."""
+    return device is not None and torch.device(device).type == "cuda" and dtype is not None and dtype.itemsize == 2
 
 
 def read_config(folder: Path) -> DrafterConfig:

@@ -24,6 +24,7 @@ from speculens.drafters.session import HeadSession
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.fused_layer import FusedLayer
+from speculens.int8 import Int8Linear, press_linears
 from speculens.ops import project, send
 from speculens.tree import TreeShape
 
@@ -47,7 +48,19 @@ class EagleDrafter(nn.Module):
         """The same weights, drafting `tokens` alone: (V',) long, ids of the target, all different."""
         made = type(self)(replace(self.config, draft_vocab_size=len(tokens)))
         made.load_state_dict({**self.state_dict(), "d2t": tokens})
-        return made.to(self.fc.weight.device, self.fc.weight.dtype)
+        return made.to(self.fc.weight.device, next(self.parameters()).dtype)
+
+    def press(self) -> None:
+        """Hold what each drafted level reads in 8 bits from now on (`int8.py`); its sessions, a copy of the head.
+
+        For decoding on a GPU in half precision, where it is faster. Not for training.
+        """
+        press_linears([self, *self.layers.modules()])
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether its matrices are held in 8 bits."""
+        return isinstance(self.fc, Int8Linear)
 
     @classmethod
     def settle(cls, options: Mapping[str, Any], model: Any) -> dict[str, Any]:  # noqa: ARG003 - some methods ask it

@@ -38,8 +38,8 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def fused(self) -> FusedLayer:
-        """The same layer for decoding, over the same weights; made anew if they were cast or moved."""
-        if not (self._fused and self._fused.intact):
+        """The same layer for decoding, over the same weights; made anew if they were cast, moved or pressed."""
+        if not (self._fused and self._fused.intact and self._fused.output is self.self_attn.o_proj):
             attention, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
             before, after = (Norm(norm.weight, self._eps) if isinstance(norm, nn.RMSNorm) else None for norm in norms)
             self._fused = FusedLayer(

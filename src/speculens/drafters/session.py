@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculens.attention import TreeMask, causal_attention, tree_attention
 from speculens.cache import SlotCache
@@ -19,6 +19,7 @@ from speculens.drafters.rows import Rows
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.fused_layer import Attend, FusedLayer
+from speculens.int8 import Int8Linear
 from speculens.tree import DraftTree, TreeShape, take_last
 
 
@@ -28,6 +29,8 @@ class Head(Protocol):
     config: DrafterConfig
     d2t: Tensor | None
 
+    @property
+    def is_pressed(self) -> bool: ...
     def view(self, features: Features, next_embeds: Tensor) -> Rows: ...
 
     def enter(self, rows: Rows, step: int = 0) -> Tensor: ...
@@ -42,7 +45,7 @@ class HeadSession:
         self.drafter, self.target, self.shape = drafter, target, shape
         self.nodes = shape.nodes
         self._ids = _checked(drafter.d2t, target)
-        self._head = None if self._ids is None else target.head_rows(self._ids)
+        self._head = _head(drafter, target, self._ids)
         vocabulary = target.vocab_size if self._ids is None else len(self._ids)
         if shape.topk > vocabulary:
             raise UserError(f"topk {shape.topk} is larger than the draft vocabulary of {vocabulary}.")
@@ -144,6 +147,13 @@ class HeadSession:
         cos, sin = turn
         stream, update = self.drafter.fused()(self.drafter.enter(rows, step), None, (cos, sin), self.cache, 0, attend)
         return stream + update
+
+
+def _head(drafter: Head, target: Lender, ids: Tensor | None) -> nn.Linear | Int8Linear | None:
+    """What turns features into the tokens that are drafted, unless that is the target's own head."""
+    some = None if ids is None else target.head_rows(ids)
+    whole = target.head if some is None else some
+    return Int8Linear(whole) if drafter.is_pressed and type(whole) is nn.Linear else some
 
 
 def _checked(ids: Tensor | None, target: Lender) -> Tensor | None:

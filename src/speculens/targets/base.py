@@ -25,6 +25,7 @@ from speculens.capture import Place
 from speculens.conversation import Conversation
 from speculens.errors import UserError
 from speculens.features import Features
+from speculens.int8 import Int8Linear
 from speculens.ops import look_up, project, send
 from speculens.targets.attention import is_ours
 from speculens.targets.fused import FusedDecoder, fuse
@@ -165,7 +166,7 @@ class Target:
         """Token embeddings (..., H), scaled as the model scales them."""
         return look_up(self.embedding, tokens)
 
-    def logits(self, hidden: Tensor, head: nn.Linear | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, head: nn.Linear | Int8Linear | None = None) -> Tensor:
         """The head, or some of its rows, on hidden states after the final norm: (..., H) -> (..., V)."""
         head = self.head if head is None else head
         logits = project(head, hidden.to(head.weight.device)).to(self.device)
