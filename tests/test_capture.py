@@ -5,6 +5,7 @@ import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs import Again
 from oracle import CAPACITY, Ask, oracle, prompt, target
-from speculens.capture import Recorder, column_bucket, row_bucket
+from speculens.capture import WARM_UPS, Place, Recorder, column_bucket, row_bucket
 from speculens.costs import Costs
 from speculens.drafters import METHODS, LookupDrafter, NoDrafter
 from speculens.engine import WARM, Engine
@@ -309,6 +310,16 @@ def test_an_engine_that_is_thrown_away_gives_its_cache_back_at_once(recorded_pro
         assert block() is None
     finally:
         gc.enable()
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded(monkeypatch):
+    """Another graph may be in it, and one that ends within a recording spoils that."""
+    collects = []
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    recorder = Recorder(lambda _: collects.append(gc.isenabled()), [torch.zeros(1)], Place(None, MagicMock()))
+    recorder._record("key", [torch.zeros(1)])
+    assert collects == [True] * WARM_UPS + [False]
+    assert gc.isenabled()
 
 
 def test_where_nothing_is_recorded_prompts_are_not():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import tiny  # noqa: E402 - found by the line above when this file is run by itself
 from speculens.attention import plain_attention  # noqa: E402
+from speculens.capture import Recorder  # noqa: E402
 from speculens.checkpoints import load_drafter  # noqa: E402
 from speculens.conversation import Conversation  # noqa: E402
 from speculens.drafters import METHODS, LookupDrafter, NoDrafter  # noqa: E402
@@ -196,6 +198,27 @@ def check_int8(name: str) -> None:
     assert abs(lengths[1] - lengths[0]) < 0.1 * lengths[0], lengths
 
 
+def check_garbage() -> None:
+    """Graphs that become garbage are collected at some time, but not while another one is recorded."""
+    x = torch.zeros(4, device="cuda")
+
+    def recorded(key: int) -> Recorder:
+        recorder = Recorder(lambda times: [{"made": x + time} for time in range(times)], [x])
+        assert recorder.ready(key)
+        return recorder
+
+    for _ in range(3):
+        ring: list[object] = [recorded(1)]
+        ring.append(ring)
+    del ring
+    limits = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # at nearly every object
+    try:
+        assert recorded(50).replay(50)[7]["made"].tolist() == [7] * 4
+    finally:
+        gc.set_threshold(*limits)
+
+
 def check_plain_attention() -> None:
     """It would be planned anew by cuDNN, which torch prefers on some devices."""
     queries, keys = (torch.randn(3, 4, rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (32, 96))
@@ -211,6 +234,7 @@ def check_plain_attention() -> None:
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from step_cases()
     yield "attention for any shape", check_plain_attention
+    yield "garbage", check_garbage
     for method in ("none", "hivis", "lookup"):
         yield f"warm-up of {method}", functools.partial(check_warm_up, method)
     for method in ("none", "eaglevlm", "vispec", "hivis"):  # SpecVLM's gate decides on the host

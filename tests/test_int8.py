@@ -118,6 +118,7 @@ def test_all_that_a_level_reads_is_in_eight_bits_and_nothing_else(method):
     assert {kinds[name] for name in level} == {Int8Linear}
     assert Int8Linear not in {kinds[name] for name in kinds.keys() - level}
     assert made.is_pressed and not drafter(method, "llava").is_pressed
+    assert made.describe() == {**drafter(method, "llava").describe(), "int8": True}
 
 
 def test_pressing_a_drafter_that_has_decoded_takes_effect():

@@ -7,8 +7,10 @@ once, but only the same work on the same buffers: so lengths and positions live 
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -99,7 +101,10 @@ class Recorder(Generic[Key, Result]):
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (a server's, a tokenizer's) may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self.place.pool, stream=side, capture_error_mode="thread_local"):
+            with (
+                _uncollected(),
+                torch.cuda.graph(graph, pool=self.place.pool, stream=side, capture_error_mode="thread_local"),
+            ):
                 result = self._work(key)
         finally:
             torch.cuda.set_stream(main)  # a recording that fails does not come back by itself
@@ -108,6 +113,18 @@ class Recorder(Generic[Key, Result]):
     def _restore(self, kept: Sequence[Tensor]) -> None:
         for part, value in zip(self._state, kept, strict=True):
             part.copy_(value)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A block without collection of garbage: a graph that ends within another one's recording would spoil that."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def row_bucket(rows: int, most: int) -> int:

@@ -26,7 +26,7 @@ from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
 from speculens.ops import send
-from speculens.plan import NO_DRAFT, ROOMY, Pinned, Plan, Planner, ladder
+from speculens.plan import NO_DRAFT, PATIENCE, ROOMY, Pinned, Plan, Planner, ladder
 from speculens.sampling import Needs, Sampling, choose, correct, likelihoods
 from speculens.slot import Generation, Slot, Step
 from speculens.targets.base import Prompt, Target
@@ -75,7 +75,8 @@ class Engine:
         self._running: list[Slot] = []
         self._waiting: deque[Slot] = deque()
         self._filling: tuple[Slot, Generator[None, None, tuple[Tensor, Features]]] | None = None
-        self._patience = largest.levels + 1 if largest else 1  # as many rows as observing a whole path takes
+        # Until the next probe, if the drafter has room for as many rows at once.
+        self._patience = min(PATIENCE, largest.scratch) if largest else 1
         self._put_off = 0  # steps whose tokens the drafter has not observed yet
         self._loop = Loop(self._target, self._drafter, slots, target.device, self._patience)
         self._recorder = Recorder(self._loop.step, self._loop.state if self._recorded else None)

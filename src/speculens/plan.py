@@ -39,7 +39,7 @@ LADDER = (
 ROOMY = TreeShape(5, 10, 60)  # where a pass costs hardly more with many nodes
 
 CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won, and that may be saved up for later
-INCOME = 0.01  # of such a step for each token emitted: what probing may cost in the long run
+INCOME = 0.005  # of such a step for each token emitted: what probing may cost in the long run
 PATIENCE = 16  # plain steps between probes
 
 
@@ -181,6 +181,7 @@ class Planner:
         self._records = {shape: _Record() for shape in self.shapes}
         self._purse, self._plain_steps = CREDIT, 0
         self._chosen, self._scale, self._known = NO_DRAFT, (0, 0), False
+        self._misses: list[float] | None = None
         self._expected: dict[TreeShape, float] = {}
 
     def open(self, slots: int) -> Sequence[TreeShape]:
@@ -191,7 +192,8 @@ class Planner:
         """Take turns while the scale is new; then the best that the purse can bear."""
         self._scale = scale_of(len(slots), columns)
         misses = _mean([self._survival(slot).misses for slot in slots])
-        self._expected = {shape: expected(misses, shape) for shape in self.shapes}
+        if misses != self._misses:  # which steps without a draft leave as they were
+            self._misses, self._expected = misses, {shape: expected(misses, shape) for shape in self.shapes}
         untimed = self._costs.untimed(self._scale)
         self._known = untimed is None
         self._chosen = self._best() if untimed is None else untimed
@@ -235,7 +237,9 @@ class Planner:
         return costs[shape] / costs[NO_DRAFT]
 
     def _survival(self, slot: Hashable) -> Survival:
-        return self._slots.setdefault(slot, self._common.heir(memory=12))
+        if slot not in self._slots:
+            self._slots[slot] = self._common.heir(memory=12)
+        return self._slots[slot]
 
 
 def _mean(misses: Sequence[Sequence[float]]) -> list[float]:

@@ -59,6 +59,11 @@ class TreeShape:
         """Size of the tree, the root included: small beams may not offer `num_draft_tokens - 1` candidates."""
         return min(self.num_draft_tokens, self.candidates + 1)
 
+    @property
+    def scratch(self) -> int:
+        """Columns that a drafter needs above what is committed: for an accepted path, and for all that is drafted."""
+        return self.levels + 1 + self.num_steps * self.topk
+
 
 @dataclass(frozen=True)
 class DraftTree:

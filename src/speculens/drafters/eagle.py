@@ -124,5 +124,7 @@ class EagleDrafter(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `inspect` shows."""
-        parameters = sum(p.numel() for p in self.parameters())
-        return {"drafter": self.name, "parameters": parameters, **self.config.to_dict()}
+        pressed = [layer for layer in self.modules() if isinstance(layer, Int8Linear)]
+        small = [part for layer in pressed for part in (layer.weight, layer.bias) if part is not None]
+        parameters = sum(part.numel() for part in (*self.parameters(), *small))
+        return {"drafter": self.name, "parameters": parameters, "int8": self.is_pressed, **self.config.to_dict()}

@@ -49,10 +49,9 @@ class HeadSession:
         vocabulary = target.vocab_size if self._ids is None else len(self._ids)
         if shape.topk > vocabulary:
             raise UserError(f"topk {shape.topk} is larger than the draft vocabulary of {vocabulary}.")
-        scratch = shape.levels + 1 + shape.num_steps * shape.topk  # columns above what is committed
         self.cache = SlotCache(
             slots=slots,
-            capacity=capacity + scratch,
+            capacity=capacity + shape.scratch,
             heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             dtype=target.dtype,
@@ -66,7 +65,7 @@ class HeadSession:
         # who sees whom among rows in a line.
         self._numbers = torch.arange(self.cache.capacity, device=target.device)
         self._turns = torch.stack(rotary(self._numbers, config.head_dim, config.rope_theta, target.dtype))
-        self._before = torch.ones(scratch, scratch, dtype=torch.bool, device=target.device).tril()
+        self._before = torch.ones(shape.scratch, shape.scratch, dtype=torch.bool, device=target.device).tril()
         self.state = (self.cache.lengths, self._hidden, self._position)
         self.nbytes = self.cache.nbytes
 

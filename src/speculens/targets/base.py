@@ -322,8 +322,8 @@ def _stopped_at(decoder: nn.Module) -> Iterator[dict[str, Any]]:
     handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         yield caught
-    except _StoppedError:
-        pass
+    except _StoppedError as stopped:
+        stopped.__traceback__ = None  # its frames hold the engine, and from Python 3.12 on also each other, in a ring
     finally:
         handle.remove()
 
