@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks import memory
@@ -85,6 +86,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=8.0, help="for the measurement; loading comes on top")
     parser.add_argument("--widen", action="store_true", help="at a 7B's cost, on a GPU (benchmarks.widen)")
     parser.add_argument("--int8", action="store_true", help="drafters hold their matrices in 8 bits")
+    parser.add_argument("--random", action="store_true", help="drafters of random weights, which never pay")
     parser.add_argument("--closer", type=int, default=CLOSER, help="prompts decoded once more, to see where time goes")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
@@ -110,11 +112,22 @@ def contenders(given: argparse.Namespace) -> tuple[Target, dict[str, Drafter]]:
     if given.widen:
         target = widen_target(target, SEVEN_B[target.family], device=target.device, dtype=target.dtype)
         drafters = {name: widen_drafter(drafter, target) for name, drafter in drafters.items()}
-    if given.int8:
-        for drafter in drafters.values():
-            if isinstance(drafter, TrainedDrafter):
+    for drafter in drafters.values():
+        if isinstance(drafter, TrainedDrafter):
+            if given.random:
+                forget(drafter)
+            if given.int8:
                 drafter.press()
     return target, drafters
+
+
+@torch.no_grad()
+def forget(drafter: TrainedDrafter) -> None:
+    """Matrices of random numbers instead: what it guesses is never right."""
+    torch.manual_seed(0)
+    for weight in drafter.parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=0.05)
 
 
 def beside(target: str) -> list[str]:

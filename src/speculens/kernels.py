@@ -222,9 +222,8 @@ def linear_rows(
     rows = x.numel() // inputs
     if rows > MOST_ROWS:
         pieces = x.reshape(rows, inputs).split(MOST_ROWS)
-        return torch.cat([linear_rows(each, weight, bias, scales, tile=tile) for each in pieces]).view(
-            *x.shape[:-1], -1
-        )
+        products = [linear_rows(each, weight, bias, scales, tile=tile) for each in pieces]
+        return torch.cat(products).view(*x.shape[:-1], outputs)
     block_m = padded_rows(rows)
     processors = _processors(x.device)
     tile = tile or _tile(outputs, processors, weight.dtype)
