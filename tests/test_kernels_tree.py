@@ -1,14 +1,10 @@
 """Triton kernels of drafting against their definitions in torch: on a GPU, or where Triton is in its interpreter."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
-pytest.importorskip("triton", reason="Triton is not installed (torch for CPUs comes without it)")
+from tritons import DEVICE  # isort: skip - first, for it may skip this module
 
 from speculens import kernels_tree
 from speculens import tree as tree_file
@@ -23,7 +19,6 @@ pytestmark = [
     # It computes by NumPy, which tells of numbers that are none.
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 23
 NAN, INF = float("nan"), float("inf")
 

@@ -324,7 +324,7 @@ def test_a_journal_mends_only_its_end(tmp_path):
         '{"id": 1}\n{}',
         '{"id": 1}\n[]\n',
         '{"id": 1}\n{"id": \n{"id": 2}\n',
-        f'{{"id": {"[" * 5000}{"]" * 5000}}}\n{{"id": 1}}\n',
+        f'{{"id": {"[" * 200_000}{"]" * 200_000}}}\n{{"id": 1}}\n',
     ],
 )
 def test_a_file_of_something_else_is_refused_and_stays(text, tmp_path):
