@@ -213,10 +213,7 @@ def measure_steps(setup: Setup) -> dict[str, Any]:
         result[name]["draft_time_fraction"] = 1 - score / result[name]["ms"]
     for name in ("plain", setup.best):
         profile = _profile(engines[name], setup.long, sampling, most=8)
-        if busy := profile.get("kernels_ms", 0.0) + profile.get("short_rests_ms", 0.0):
-            # What the device does takes as long under the profiler; what is left of an undisturbed step is the host's.
-            profile["host_share_undisturbed"] = max(0.0, 1 - busy / result[name]["ms"])
-        result[name] |= profile
+        result[name] |= profile | undisturbed(profile, result[name]["ms"])
     return result
 
 
@@ -288,6 +285,12 @@ def _profile(engine: Engine, prompt: Prompt, sampling: Sampling, most: int, step
         count,
         most,
     )
+
+
+def undisturbed(profile: Mapping[str, Any], ms: float) -> dict[str, float]:
+    """The host's share of a step that took so long without the profiler, in which the device does the same work."""
+    busy = profile.get("kernels_ms", 0.0) + profile.get("short_rests_ms", 0.0)
+    return {"host_share_undisturbed": max(0.0, 1 - busy / ms)} if busy else {}
 
 
 def kernels_and_rests(kernels: Sequence[tuple[str, float, float]], steps: int, most: int) -> dict[str, Any]:
@@ -576,8 +579,7 @@ def _kv_bytes(setup: Setup, name: str) -> dict[str, int]:
     before = memory.allocated(device)
     drafter = NoDrafter() if name == NONE else setup.drafters[name]
     engine = Engine(setup.target, drafter, capacity=len(setup.long) + setup.new_tokens, shape=setup.shape)
-    head = getattr(engine._drafter, "_head", None)  # noqa: SLF001 - nobody else asks
-    weights = 0 if head is None else sum(one.nbytes for one in (*head.parameters(), *head.buffers()))
+    weights = memory.weights(getattr(engine._drafter, "_head", None))  # noqa: SLF001 - nobody else asks
     taken = memory.allocated(device) - before
     return {"promised": sum(engine.kv_bytes.values()), "measured": taken - weights if taken else 0}
 
@@ -654,7 +656,8 @@ def _prepare(given: argparse.Namespace, clock: Clock) -> Setup:
         drafters = {name: _trimmed(drafter, small, given.draft_vocab) for name, drafter in drafters.items()}
     if given.int8:
         for drafter in drafters.values():
-            drafter.press()
+            if isinstance(drafter, TrainedDrafter):
+                drafter.press()
     count, trial = (2, 1) if given.tiny else (given.prompts, 3)
     asked = questions([HELDOUT / "charts.jsonl"], count + trial)
     encoded = [target.encode(question) for question in with_pictures(asked, given.pictures)]

@@ -23,11 +23,11 @@ def peak(device: torch.device, others: Iterable[Drafter], work: Callable[[], obj
     return torch.cuda.max_memory_allocated(device) - sum(map(weights, others)) if on_gpu else None
 
 
-def weights(drafter: Drafter) -> int:
-    """Bytes of a drafter's own weights; those in 8 bits are buffers."""
-    if not isinstance(drafter, torch.nn.Module):
+def weights(part: object) -> int:
+    """Bytes of a drafter's or a layer's own weights, of which those in 8 bits are buffers; nothing else has any."""
+    if not isinstance(part, torch.nn.Module):
         return 0
-    return sum(one.nbytes for one in (*drafter.parameters(), *drafter.buffers()))
+    return sum(one.nbytes for one in (*part.parameters(), *part.buffers()))
 
 
 def allocated(device: torch.device) -> int:

@@ -34,6 +34,13 @@ def test_a_peak_leaves_out_weights_that_only_lie_there(monkeypatch):
     assert used == [1, 2]
 
 
+def test_the_hosts_share_of_an_undisturbed_step_is_what_the_device_leaves():
+    profile = {"kernels_ms": 5.5, "short_rests_ms": 0.25, "host_ms": 1.0, "host_share": 0.15}
+    assert fast.undisturbed(profile, 6.25) == {"host_share_undisturbed": pytest.approx(0.08)}
+    assert fast.undisturbed(profile, 5.7) == {"host_share_undisturbed": 0.0}
+    assert fast.undisturbed({}, 6.25) == {}
+
+
 def test_rests_between_kernels_are_the_hosts_if_they_are_long():
     """Two steps: kernels that overlap, one that follows at once, and a wait of 40 microseconds."""
     found = fast.kernels_and_rests([("b", 8.0, 20.0), ("a", 0.0, 10.0), ("a", 22.0, 30.0), ("b", 70.0, 100.0)], 2, 1)
