@@ -11,14 +11,17 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean, median
 from typing import Any
 
 from speculens.tree import TreeShape
 
 TIMINGS = 4  # a shape's first steps at a scale: the first one is slower than all later ones and does not count
-DRIFT, PACE = 0.05, 0.2  # shares of a new timing in a shape's own cost, and in what all of them have in common
+WORTH_KEEPING = 64  # later timings of a shape after which what they have corrected goes to disk
+DRIFT, PACE = 0.05, 0.2  # shares of a late timing in a shape's own cost, and in what all of them have in common
 
 # Nodes of all slots together that a pass may have: more of them would cost arithmetic on any device.
 MOST_NODES = 256
@@ -49,6 +52,7 @@ class Costs:
         self._seconds: dict[Scale, dict[TreeShape, float]] = store.read(shapes) if store else {}
         self._timings: dict[Scale, dict[TreeShape, list[float]]] = {}
         self._pace = 1.0
+        self._looks: Counter[tuple[Scale, TreeShape]] = Counter()
 
     def untimed(self, scale: Scale) -> TreeShape | None:
         """The shape whose turn it is while this scale is new; None once each has its time."""
@@ -61,21 +65,46 @@ class Costs:
         """Seconds by shape. Only their ratios mean something: the pace of the moment is not in them."""
         return self._seconds[scale]
 
-    def learn(self, scale: Scale, shape: TreeShape, seconds: float) -> None:
-        """A step of this shape took so long."""
+    def looks(self, scale: Scale, shape: TreeShape) -> int:
+        """Steps of this shape that this process has timed since its cost was known."""
+        return self._looks[scale, shape]
+
+    def learn(self, scale: Scale, shape: TreeShape, seconds: float) -> float:
+        """A step of this shape took so long. Returns how many times as long as was expected, pauses left out.
+
+        The first costs are soon corrected, for they may have been told wrongly.
+        """
         if scale in self._seconds:
-            known = self._seconds[scale]
-            surprise = min(max(seconds / (known[shape] * self._pace), 0.5), 2.0)  # a pause is no cost
+            surprise = seconds / (self._seconds[scale][shape] * self._pace)
+            surprise = min(max(surprise, 0.5), 2.0)  # a pause is no cost
             self._pace *= surprise**PACE
-            known[shape] *= surprise**DRIFT
-            return
+            self._seconds[scale][shape] *= surprise ** max(DRIFT, 1 / (TIMINGS + self._looks[scale, shape]))
+            self._looks[scale, shape] += 1
+            if self._looks[scale, shape] == WORTH_KEEPING:
+                self._keep()
+            return surprise
         timings = self._timings.setdefault(scale, {each: [] for each in within(self._shapes, scale)})
         timings[shape].append(seconds)
         if all(len(each) >= TIMINGS for each in timings.values()):
-            # The least: what else happens on the machine only adds.
-            self._seconds[scale] = {each: min(found[1:]) for each, found in self._timings.pop(scale).items()}
-            if self._store:
-                self._store.write(self._seconds)
+            self._seconds[scale] = _settled(self._timings.pop(scale))
+            self._keep()
+        return 1.0
+
+    def _keep(self) -> None:
+        if self._store:
+            self._store.write(self._seconds)
+
+
+def _settled(timings: Mapping[TreeShape, Sequence[float]]) -> dict[TreeShape, float]:
+    """A cost from each shape's timings: its usual share of a round, at the pace of the fastest round.
+
+    A round has one timing of every shape. Machines that are shared change their speed from round to round, which leaves
+    the shares as they are; a pause spoils one share of one round.
+    """
+    rounds = list(zip(*timings.values(), strict=False))[1:]
+    paces = [geometric_mean(each) for each in rounds]
+    shares = [[seconds / pace for seconds in each] for each, pace in zip(rounds, paces, strict=True)]
+    return {shape: min(paces) * median(own) for shape, own in zip(timings, zip(*shares, strict=True), strict=True)}
 
 
 class Store:

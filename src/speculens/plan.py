@@ -17,13 +17,14 @@ output position is the same draw from the same law under every sequence of shape
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
 from typing import Any, Protocol
 
-from speculens.costs import Costs, scale_of, within
+from speculens.costs import Costs, Scale, scale_of, within
 from speculens.tree import TreeShape
 
 NO_DRAFT = TreeShape(num_steps=0, topk=1, num_draft_tokens=1)
@@ -40,7 +41,8 @@ ROOMY = TreeShape(5, 10, 60)  # where a pass costs hardly more with many nodes
 
 CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won, and that may be saved up for later
 INCOME = 0.005  # of such a step for each token emitted: what probing may cost in the long run
-PATIENCE = 16  # plain steps between probes
+PATIENCE = 16  # plain steps between probes of a tree
+FADE = 0.01  # share of its history that a level or a shape forgets at each drafted step that leaves it out
 
 
 class Plan(Protocol):
@@ -99,7 +101,8 @@ class Survival:
 
     A level of w nodes misses with probability m^(1 + log10 w), m being a chain's miss: ten nodes miss as often as two
     independent single guesses would. Crude, and corrected by shape (`Planner`); it lets one shape's history speak for
-    the others. Estimates are means of the first looks, later exponentially weighted ones.
+    the others. Estimates are means of the first looks, later exponentially weighted ones. A level that trees no longer
+    have becomes as the one above, bit by bit: else a few unlucky looks would keep trees from it for ever.
 
     misses  of levels 1, 2, ...
     looks   at each level so far
@@ -121,6 +124,8 @@ class Survival:
             miss = self.misses[level] ** power
             miss += (float(level == accepted) - miss) / self.looks[level]
             self.misses[level] = miss ** (1 / power)
+        for level in range(max(levels, 1), len(self.misses)):
+            self.misses[level] += FADE * (self.misses[level - 1] - self.misses[level])
 
     def heir(self, memory: int) -> Survival:
         """One that starts with these estimates and trusts them as its own."""
@@ -149,16 +154,24 @@ def _law(shape: TreeShape) -> tuple[int, float]:
     return levels, 1 + math.log10((shape.nodes - 1) / levels) if levels else 1.0
 
 
+UNTRIED = (8.0, 8.8)  # expected, accepted: a shape that was never tried may be a little better than the law says
+
+
 @dataclass
 class _Record:
     """What one shape accepted, against what `Survival` expected; old steps fade."""
 
-    expected: float = 8.0
-    accepted: float = 8.8  # a shape that was never tried may be a little better than the law says
+    expected: float = UNTRIED[0]
+    accepted: float = UNTRIED[1]
 
     def learn(self, expected: float, accepted: float) -> None:
         self.expected = 0.97 * self.expected + expected
         self.accepted = 0.97 * self.accepted + accepted
+
+    def rest(self) -> None:
+        """Another shape was drafted: it slowly becomes as if never tried, so that bad luck is not for ever."""
+        self.expected += FADE * (UNTRIED[0] - self.expected)
+        self.accepted += FADE * (UNTRIED[1] - self.accepted)
 
     @property
     def ratio(self) -> float:
@@ -171,7 +184,8 @@ class Planner:
     The purse holds steps of plain decoding. Each step pays in what its tokens would have cost without drafts and pays
     out what it cost; a shape is open to choice only if the purse could bear that nothing of it is accepted. So at no
     time has speculation lost more than CREDIT steps and INCOME of the tokens, whatever drafter and text do, once the
-    costs are known.
+    costs are known; as long as they were measured wrongly it may lose more. What a step cost is its own time, not what
+    such steps were said to cost, so a draft that was told too dear does not use the purse up.
     """
 
     def __init__(self, shapes: Sequence[TreeShape], costs: Costs) -> None:
@@ -180,6 +194,7 @@ class Planner:
         self._slots: dict[Hashable, Survival] = {}
         self._records = {shape: _Record() for shape in self.shapes}
         self._purse, self._plain_steps = CREDIT, 0
+        self._drafted_steps: Counter[Scale] = Counter()  # since the last plain one
         self._chosen, self._scale, self._known = NO_DRAFT, (0, 0), False
         self._misses: list[float] | None = None
         self._expected: dict[TreeShape, float] = {}
@@ -200,20 +215,23 @@ class Planner:
         return self._chosen
 
     def learn(self, accepted: Mapping[Any, int], seconds: float | None) -> None:
-        """Costs, survival, the record of the shape, and the purse."""
+        """Costs, survival, the records of the shapes, and the purse."""
         shape, mean = self._chosen, sum(accepted.values()) / len(accepted)
+        paid = self._price(shape) if self._known else 0.0
         if seconds is not None:
-            self._costs.learn(self._scale, shape, seconds)
+            paid *= self._costs.learn(self._scale, shape, seconds)
         if shape != NO_DRAFT:
-            self._records[shape].learn(self._expected[shape], mean)
+            for each, record in self._records.items():
+                record.learn(self._expected[shape], mean) if each == shape else record.rest()
             for slot, count in accepted.items():
                 self._survival(slot).learn(shape, count)
                 self._common.learn(shape, count)
         if self._known:
-            won = 1 + mean - self._price(shape)
+            won = 1 + mean - paid if shape != NO_DRAFT else 0.0
             self._purse = min(self._purse + won + INCOME * (1 + mean), CREDIT)
             # A probe that pays is followed by the next one at once.
             self._plain_steps = self._plain_steps + 1 if shape == NO_DRAFT else PATIENCE if won > 0 else 0
+            self._drafted_steps[self._scale] = 0 if shape == NO_DRAFT else self._drafted_steps[self._scale] + 1
 
     def forget(self, slot: Hashable) -> None:
         """Its estimates go; what all slots have in common stays."""
@@ -226,10 +244,15 @@ class Planner:
             return (1 + self._expected[shape] * self._records[shape].ratio) / costs[shape]
 
         bearable = [shape for shape in costs if shape != NO_DRAFT and self._price(shape) - 1 <= self._purse]
-        if not bearable:
+        if not bearable or self._plain_is_due():
             return NO_DRAFT
         best = max(bearable, key=rate)
         return best if rate(best) > rate(NO_DRAFT) or self._plain_steps >= PATIENCE else NO_DRAFT
+
+    def _plain_is_due(self) -> bool:
+        """So many drafted steps in a row: soon at first, then seldom, for all prices hang on what a plain one costs."""
+        rest = PATIENCE * min(1 + self._costs.looks(self._scale, NO_DRAFT), 16)
+        return self._drafted_steps[self._scale] >= rest
 
     def _price(self, shape: TreeShape) -> float:
         """Of a step, in steps of plain decoding."""
