@@ -39,7 +39,8 @@ LADDER = (
 )
 ROOMY = TreeShape(5, 10, 60)  # where a pass costs hardly more with many nodes
 
-CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won, and that may be saved up for later
+CREDIT = 4.0  # steps of plain decoding that may be lost before anything was won
+SAVINGS = 16.0  # of those that were won, so many may be kept for later: a few trees in a row fail by chance alone
 INCOME = 0.005  # of such a step for each token emitted: what probing may cost in the long run
 PATIENCE = 16  # plain steps between probes of a tree
 FADE = 0.01  # share of its history that a level or a shape forgets at each drafted step that leaves it out
@@ -182,10 +183,10 @@ class Planner:
     """The adaptive plan over a ladder of shapes, of which the first drafts nothing.
 
     The purse holds steps of plain decoding. Each step pays in what its tokens would have cost without drafts and pays
-    out what it cost; a shape is open to choice only if the purse could bear that nothing of it is accepted. So at no
-    time has speculation lost more than CREDIT steps and INCOME of the tokens, whatever drafter and text do, once the
-    costs are known; as long as they were measured wrongly it may lose more. What a step cost is its own time, not what
-    such steps were said to cost, so a draft that was told too dear does not use the purse up.
+    out what it cost, by its own time; a shape is open to choice only if the purse could bear that nothing of it is
+    accepted. So speculation is never behind plain decoding by more than CREDIT steps and INCOME of the tokens, nor gives
+    back more than SAVINGS of what it won, whatever drafter and text do, once the costs are known: while a plain step is
+    told dearer than it is, it may lose more.
     """
 
     def __init__(self, shapes: Sequence[TreeShape], costs: Costs) -> None:
@@ -228,7 +229,7 @@ class Planner:
                 self._common.learn(shape, count)
         if self._known:
             won = 1 + mean - paid if shape != NO_DRAFT else 0.0
-            self._purse = min(self._purse + won + INCOME * (1 + mean), CREDIT)
+            self._purse = min(self._purse + won + INCOME * (1 + mean), SAVINGS)
             # A probe that pays is followed by the next one at once.
             self._plain_steps = self._plain_steps + 1 if shape == NO_DRAFT else PATIENCE if won > 0 else 0
             self._drafted_steps[self._scale] = 0 if shape == NO_DRAFT else self._drafted_steps[self._scale] + 1
