@@ -186,13 +186,13 @@ def test_a_purse_that_others_filled_pays_no_long_loss():
     assert world.seconds <= world.tokens * on_gpu(NO_DRAFT) * (1 + INCOME) + SAVINGS * on_gpu(NO_DRAFT)
 
 
-def on_two_cores(shape: TreeShape, slots: int = 1) -> float:
+def on_two_cores(shape: TreeShape, _slots: int = 1) -> float:
     """As measured there: the first guess costs most of what four levels cost."""
     return {1: 1.0, 2: 1.7, 4: 1.95, 8: 2.0}.get(shape.nodes, 2.3 + 0.1 * (shape.nodes - 14))
 
 
 def test_a_run_of_bad_luck_does_not_end_drafting():
-    """Text goes well and badly by turns, and then some trees in a row fail, which once stopped drafting for an answer."""
+    """Text goes well and badly by turns, so that some trees in a row fail: that once stopped drafting for an answer."""
     speeds = []
     for seed in range(9):
         world = World(on_two_cores, 0.9, noise=0.15, seed=seed)
