@@ -184,9 +184,9 @@ class Planner:
 
     The purse holds steps of plain decoding. Each step pays in what its tokens would have cost without drafts and pays
     out what it cost, by its own time; a shape is open to choice only if the purse could bear that nothing of it is
-    accepted. So speculation is never behind plain decoding by more than CREDIT steps and INCOME of the tokens, and
-    gives back SAVINGS of what it won at most, whatever drafter and text do, once the costs are known: while a plain step
-    is told dearer than it is, it may lose more.
+    accepted. So once costs are known, and whatever drafter and text do, speculation is never behind plain decoding by
+    more than CREDIT steps and INCOME of the tokens, and gives back SAVINGS of what it won at most. Only while a plain
+    step is told dearer than it is, it may lose more.
     """
 
     def __init__(self, shapes: Sequence[TreeShape], costs: Costs) -> None:
