@@ -1,6 +1,6 @@
 """Writes drawn pictures with questions and answers as a data set: `python -m testbed.make_data --out DIR --count N`.
 
-DIR/data.jsonl has one row per picture (docs: "Data JSONL"), DIR/images/000/000000.png and so on the pictures, 1000 in
+DIR/data.jsonl has one row per picture (docs/data.md), DIR/images/000/000000.png and so on the pictures, 1000 in
 a folder. DIR/val is another such data set, to measure on: pictures of another seed, and one textbook figure in
 `WITHHELD`.
 The same arguments write the same files, whatever the number of workers.

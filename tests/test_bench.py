@@ -23,7 +23,8 @@ from speculens.bench.measure import Bench, Contender, gap, walk
 from speculens.bench.record import NONE, Record, RunFolder, read_closer, read_records
 from speculens.checkpoints import save_drafter
 from speculens.data.respond import Asking
-from speculens.drafters import LookupDrafter
+from speculens.drafters import LookupDrafter, lookup
+from speculens.drafters.base import Prefilled
 from speculens.slot import Generation, Step
 from speculens.stats import Stats
 from speculens.targets import Target
@@ -104,6 +105,20 @@ def test_sampled_answers_are_the_targets_too_and_every_question_has_a_seed_of_it
     ]
     assert [len(answers) for answers in said] == [1, 1]
     assert said[0] != said[1]
+
+
+def test_what_a_drafter_noted_stays_with_its_answer(target, questions, tmp_path, monkeypatch):
+    """Pooled for the bar of progress, the notes of a long run would be copied with every case."""
+    first, total, pooled = lookup._LookupSession.begin, Stats.total, []
+    note = lambda *rows: first(*rows) or Prefilled(0, {"operator": ["prune"]})  # noqa: E731
+    monkeypatch.setattr(lookup._LookupSession, "begin", note)
+    monkeypatch.setattr(Stats, "total", lambda parts: pooled.append(total(parts)) or pooled[-1])
+    cases = suites.load_suite("mmspec", [questions])
+    bench = Bench(target, {"lookup": LookupDrafter()}, cases, Asking(temperature=0, max_new_tokens=2), closer=0)
+    bench.run(begin(bench, tmp_path))
+    assert [stats.drafter_notes for stats in pooled] == [{}] * 3
+    noted = [record.answers["lookup"].generation.stats.drafter_notes for record in read_records(tmp_path)]
+    assert noted == [{"operator": ["prune"]}] * 4
 
 
 def test_the_order_turns_round_from_case_to_case(target, questions, tmp_path):
@@ -682,6 +697,18 @@ def test_bench_writes_a_run_and_says_exactness_first(measured, capsys):
     assert {*about["all"]["costs"]} >= {"vision", "prefill", "draft", "verify", "host"}
     assert about["all"]["costs"]["vision"] > 0
     assert {"drafter_prefill_ratio", "draft_time_fraction", "peak_memory"} <= about["all"].keys()
+
+
+def test_bench_pins_trees_or_lets_each_step_size_them(measured, tmp_path, capsys):
+    shelf, words = measured
+    sized = [*words[: words.index("--num-steps")], "--tree", "auto", "--limit", "1", "--closer", "0", "--json"]
+    assert cli.main([*sized, "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    about = summary["setting"]["drafters"]
+    assert about[str(shelf / "eagle")]["tree"] == about["lookup"]["tree"] == "auto"
+    assert summary["drafters"][str(shelf / "eagle")]["all"]["exact"] == 1
+    pinned = [word for word in sized if word not in {"--tree", "auto"}]
+    assert cli.main([*pinned, "--out", str(tmp_path / "run"), "--resume"]) == 2  # another setting
 
 
 def test_where_nothing_can_be_measured_there_is_a_sentence(measured, tmp_path, capsys):

@@ -207,6 +207,13 @@ def test_a_config_survives_its_own_dictionary():
     assert DrafterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_former_key_is_read_and_not_written():
+    config = random_eagle("llava").config
+    former = {"num_query_tokens": 0}
+    assert DrafterConfig.from_dict(config.to_dict() | former) == config
+    assert not former.keys() & config.to_dict().keys()
+
+
 def test_a_config_is_read_without_weights(folder):
     (folder / "model.safetensors").unlink()
     assert read_config(folder).target_family == "llava"
@@ -240,6 +247,12 @@ def test_a_target_whose_weights_are_not_finite_is_refused(saved, tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="not finite"):
         load_target(str(tmp_path))
+
+
+def test_a_target_that_spills_over_is_refused(saved, tmp_path):
+    """As `--device-map auto` does where GPUs are too small; without one, only what is put on a disk is offloaded."""
+    with pytest.raises(UserError, match=r"does not fit on the GPUs here.*: use more or larger GPUs"):
+        load_target(str(saved), device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,12 @@ def test_the_tree_options_and_their_other_names(run, shelf, monkeypatch):
     command = ("generate", "--target", shelf.llava, "--drafter", shelf.eagle, "--max-new-tokens", 3, "hi")
     run(*command, "--num-steps", 1, "--topk", 2, "--num-draft-tokens", 4)
     run(*command, "--depth", 1, "--total-token", 4)
+    run(*command, "--tree", "own", "--tree-topk", 2)
     run(*command)
+    run(*command, "--tree", "auto")
+    run(*command, "--tree", "own")
     # What is not said beside others is the drafter's own; where nothing is, each step's tree is sized.
-    assert seen == [TreeShape(1, 2, 4), TreeShape(1, 3, 4), "auto"]
+    assert seen == [TreeShape(1, 2, 4), TreeShape(1, 3, 4), TreeShape(2, 2, 9), "auto", "auto", None]
 
 
 def test_picture_or_question_from_standard_input(run, shelf, monkeypatch):
@@ -489,6 +492,14 @@ MISTAKES = {
     "small slot": (["generate", "--target", "{llava}", "--max-model-len", "20", "hi"], "--max-model-len"),
     "placeholder": (["generate", "--target", "{llava}", "look: <image>"], "<image>"),
     "no tree": (["generate", "--target", "{llava}", "--num-steps", "3", "hi"], "leave out --num-steps"),
+    "sized and pinned": (
+        ["generate", "--target", "{llava}", "--drafter", "lookup", "--tree", "auto", "--topk", "3", "hi"],
+        "leave out --topk",
+    ),
+    "bench sized and pinned": (
+        ["bench", "--target", "{llava}", "--suite", "mmspec", "--out", "new", "--tree", "auto", "--depth", "3"],
+        "leave out --num-steps",
+    ),
     "no beam": (["generate", "--target", "{llava}", "--drafter", "lookup", "--topk", "0", "hi"], "topk must be"),
     "compare with itself": (["generate", "--target", "{llava}", "--compare", "hi"], "--drafter"),
     "stdin twice": (["generate", "--target", "{llava}", "--image", "-", "-"], "Standard input"),
@@ -580,6 +591,12 @@ def test_help_does_not_wait_for_torch():
     """`speculens --help` is there at once: neither torch nor transformers may be imported for it."""
     code = "import sys, speculens.cli; sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["speculens", "speculens.cli"])
+def test_it_starts_as_a_module(run, module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == run("--version").out
 
 
 def test_version_and_help(run):

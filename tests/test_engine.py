@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
 from speculens.targets import Target, TargetSession
-from speculens.tree import DraftTree
+from speculens.tree import DraftTree, TreeShape
 
 LONG = Sampling(max_new_tokens=24)
 SHORT = Sampling(max_new_tokens=8)
@@ -66,8 +67,35 @@ def test_steps_add_up_to_the_generation(family, name):
     assert stats.num_drafts == len(parts) - 1
     assert stats.num_tokens == len(whole.tokens) - 1
     assert stats.num_accepted_tokens == sum(step.accepted for step in parts)
-    assert stats.num_draft_tokens == sum(step.tree.size - 1 for step in parts[1:])
+    assert stats.num_draft_tokens == sum(int(step.tree.live.sum()) - 1 for step in parts[1:])
     assert set(stats.seconds) == {"prefill", "draft", "score", "choose", "observe"}
+
+
+def test_padding_is_not_counted_as_drafted():
+    """Slots that find different amounts to copy share a tree's size."""
+    engine = Engine(target("llava"), LookupDrafter(), slots=2, capacity=CAPACITY)
+    slots = [engine.admit(prompt("llava", Ask(seed=seed)), LONG).slot for seed in (0, 1)]
+    drafted, padding = dict.fromkeys(slots, 0), 0
+    while engine.running:
+        for step in engine.step():
+            live = int(step.tree.live.sum())
+            drafted[step.slot] += live - 1
+            padding += step.tree.size - live
+    assert padding > 0
+    assert [slot.stats.num_draft_tokens for slot in slots] == list(drafted.values())
+
+
+@pytest.mark.parametrize(
+    ("own", "largest"),
+    [((4, 4, 14), (5, 10, 60)), ((7, 4, 30), (7, 10, 60)), ((3, 4, 64), (5, 10, 64)), ((8, 12, 80), (8, 12, 80))],
+)
+def test_the_largest_tree_on_a_gpu_is_roomy_in_every_respect_and_never_less_than_the_drafters_own(own, largest):
+    fake = SimpleNamespace(
+        target=SimpleNamespace(device=torch.device("cuda")),
+        drafter=SimpleNamespace(describe=lambda: {"tree": vars(TreeShape(*own))}),
+        _facts=dict,
+    )
+    assert Engine._planned(fake, "auto").shapes[-1] == TreeShape(*largest)
 
 
 def test_accepted_tokens_of_a_step_are_a_path_of_its_tree():

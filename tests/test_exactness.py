@@ -182,10 +182,20 @@ def test_picture_and_penalty_do_change_the_text(family):
         ("mllama", "cross-attention"),
         ("florence2", "cross-attention"),
         ("kosmos-2", "one list of layers"),
+        ("gemma4", "layers of several shapes"),
     ],
 )
 def test_models_of_another_build_are_refused_with_the_reason(kind, why):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind]())
     with pytest.raises(UserError, match=f"'{kind}' model cannot be a target: .*{why}"):
+        Target(model)
+
+
+def test_a_decoder_that_takes_more_of_a_token_than_its_embedding_is_refused():
+    """As Gemma 3n's, whose tower needs a library that is not here: what its config says, on another model."""
+    model = copy.deepcopy(tiny.model("llava"))
+    more = CONFIG_MAPPING["gemma3n"]().get_text_config().hidden_size_per_layer_input
+    model.config.get_text_config().hidden_size_per_layer_input = more
+    with pytest.raises(UserError, match=r"cannot be a target: .*inputs of every layer by token id"):
         Target(model)

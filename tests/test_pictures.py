@@ -125,9 +125,18 @@ def test_what_is_no_source_at_all(source):
         load_image(source)
 
 
-@pytest.mark.parametrize("uri", ["data:image/png;base64", "data:image/png;base64,@@@", "data:image/png;base64,iVBO"])
-def test_broken_data_uris(uri):
-    with pytest.raises(UserError, match=r"no comma|base64 data is broken|not in a known"):
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png;base64,@@@", "its data is broken"),
+        ("data:image/png;base64,iVBO", "not in a known"),
+        ("data:,\ud800", "its data is broken"),
+        ("data:image/png;base64,\ud800", "its data is broken"),
+    ],
+)
+def test_broken_data_uris(uri, why):
+    with pytest.raises(UserError, match=why):
         load_image(uri)
 
 

@@ -302,6 +302,15 @@ def test_a_folder_that_cannot_be_written_is_not_written(tmp_path):
     filled(Store({}, tmp_path))
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_args: object, **_options: object):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    filled(Store({}, tmp_path))
+    assert not list((tmp_path / "costs").iterdir())
+
+
 def test_the_users_cache_folder_is_respected(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "speculens"

@@ -158,6 +158,10 @@ def test_refusals_are_named_and_counted_by_reason(folder, tmp_path):
     assert [error["id"] for error in errors] == ["gone", "gone too", "mute", "row-5", "row-6"]
     assert errors[4]["error"] == f"Row 6 of {rows} is nested too deeply to be read."
     assert "gone/really.png" in errors[1]["error"]
+    out.unlink()
+    with pytest.raises(UserError, match=r"out_error\.jsonl exists already: .*--overwrite"):
+        prepare(JsonLines([folder / "rows.jsonl"]), out)
+    assert read(tmp_path / "out_error.jsonl") == errors
     prepare(JsonLines([folder / "rows.jsonl"]), out, Selection(overwrite=True))
     assert not (tmp_path / "out_error.jsonl").exists()  # nothing is left of an earlier run
 

@@ -21,7 +21,8 @@ from speculens.conversation import Message
 from speculens.data import JsonLines
 from speculens.data.journal import Journal
 from speculens.data.respond import Asking, Responder, put
-from speculens.drafters import LookupDrafter
+from speculens.drafters import LookupDrafter, lookup
+from speculens.drafters.base import Prefilled
 from speculens.training.config import load
 
 FAMILY = "llava"
@@ -292,7 +293,25 @@ def test_other_settings_do_not_mix(folder, target, tmp_path):
     for changed in (replace(ASKING, seed=4), replace(ASKING, system="Hi"), replace(ASKING, temperature=0.5)):
         with pytest.raises(UserError, match="other settings"):
             answer(source, out, target, changed)
+    for loaded in ({"revision": "v2"}, {"dtype": "bfloat16"}):
+        responder = Responder(Engine(target, capacity=256), source, ASKING, out, "tiny", loaded=loaded)
+        with pytest.raises(UserError, match="other settings"):
+            responder.run()
     assert answer(source, out, target, limit=3).skipped == 2
+
+
+def test_files_of_a_default_target_from_before_its_revision_counted_are_gone_on_with():
+    assert Asking().fingerprint("tiny") == "3cc55ef5d76f"
+
+
+def test_what_a_drafter_noted_is_counted(folder, target, tmp_path, monkeypatch):
+    """A list of it would grow with every picture."""
+    begin = lookup._LookupSession.begin
+    note = lambda *rows: begin(*rows) or Prefilled(0, {"operator": ["prune", "none"]})  # noqa: E731
+    monkeypatch.setattr(lookup._LookupSession, "begin", note)
+    source = JsonLines([folder / "rows.jsonl"])
+    outcome = answer(source, tmp_path / "out.jsonl", target, drafter=LookupDrafter(), limit=3)
+    assert outcome.to_dict()["stats"]["drafter_notes"] == {"operator": {"prune": 4, "none": 4}}
 
 
 # --- the file
@@ -448,6 +467,9 @@ def test_the_command(folder, tmp_path, capsys):
     assert by_id(fast) == made
     assert cli.main([*words, "--out", str(fast), *options]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == 4
+    for other in (["--dtype", "float32"], ["--revision", "v2"]):
+        assert cli.main([*words, "--out", str(fast), *options, *other]) == 2
+        assert "other settings" in capsys.readouterr().err
 
     suffix = ["--instruction-suffix", "At length.", "--max-new-tokens", "4", "--out", str(tmp_path / "long.jsonl")]
     assert cli.main([*words, *suffix]) == 0

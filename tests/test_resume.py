@@ -105,6 +105,16 @@ def test_other_processes_may_go_on(whole, tmp_path):
         runs.run(tmp_path, "latest", **plan | {"steps": 7, "accumulation": 4})
 
 
+def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(tmp_path):
+    """They are of a branch that is abandoned: they outlived what was saved next, and `latest` meant them."""
+    runs.run(tmp_path, steps=4, save_every=1, keep=4)
+    with pytest.raises(UserError, match="another seed"):
+        runs.run(tmp_path, str(tmp_path / "checkpoint-1"), steps=2, seed=5)
+    assert len(checkpoint.checkpoints(tmp_path)) == 4, "a run that does not begin removes nothing"
+    runs.run(tmp_path, str(tmp_path / "checkpoint-1"), steps=2, keep=1)
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
 # --- what a kill may leave behind
 
 

@@ -103,6 +103,24 @@ def test_a_worker_that_hangs_is_killed_and_replaced(started):
     asyncio.run(meet())
 
 
+def test_a_machine_that_cannot_start_a_worker_is_asked_again(started, monkeypatch, caplog):
+    monkeypatch.setattr("speculens.server.supervisor.FIRST_PAUSE", 0.05)
+    first, start = started.process_id, started._start
+    faults = iter([OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread")])
+
+    def starved():
+        for fault in faults:
+            raise fault
+        return start()
+
+    started._start = starved
+    psutil.Process(first).kill()
+    until_ok(started, first)
+    assert asyncio.run(asked(started)).finish_reason == "stop"
+    told = [record.getMessage() for record in caplog.records if "can be started" in record.getMessage()]
+    assert [line.rpartition("in ")[2] for line in told] == ["0.1 seconds", "0.2 seconds"]
+
+
 def test_whoever_comes_while_the_worker_dies_is_told():
     """The keeper learns of it just before a ticket is entered."""
     supervisor = Supervisor(Model("x"), Limits())

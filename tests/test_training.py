@@ -28,7 +28,7 @@ from speculens.data.sources import PICTURE, JsonLines, Listed
 from speculens.engine import Engine
 from speculens.errors import UserError
 from speculens.sampling import Sampling
-from speculens.targets import Target
+from speculens.targets import Target, processing
 from speculens.targets.processing import described
 from speculens.training import Recipe, checkpoint, encode, load_recipe, train
 from speculens.training.batches import Encoder, Order, attempt, collate, stream, trains
@@ -154,7 +154,6 @@ def test_overrides_reach_every_section():
         ("optimiser=3", "optimiser must be a section"),
         ("optimiser.schedule=cosin", "did you mean cosine"),
         ("drafter.method=eagle", "did you mean eaglevlm"),
-        ("steps=5", "exactly one of steps, epochs and minutes; the recipe says steps and epochs"),
         ("epochs=null", "the recipe says none"),
         ("objective={soft_ce: 0, smooth_l1: 0}", "nothing to learn"),
         ("drafter={}", "lacks drafter.method"),
@@ -165,6 +164,26 @@ def test_overrides_reach_every_section():
 def test_a_mistake_in_the_recipe_is_named(override, said):
     with pytest.raises(UserError, match="(?s)" + said):
         load_recipe(ROOT / "recipes/eaglevlm.yaml", [override])
+
+
+@pytest.mark.parametrize("name", ["eaglevlm", "testbed/eaglevlm"])  # one says epochs, the other steps
+@pytest.mark.parametrize("said", ["steps=5", "epochs=0.5", "minutes=2"])
+def test_a_length_on_the_command_line_takes_the_place_of_the_files(name, said):
+    made = load_recipe(ROOT / f"recipes/{name}.yaml", ["minutes=null", said])
+    length, _, value = said.partition("=")
+    expected = dict.fromkeys(("steps", "epochs", "minutes")) | {length: float(value)}
+    assert {key: getattr(made, key) for key in expected} == expected
+
+
+def test_two_lengths_are_refused(tmp_path):
+    twice = "exactly one of steps, epochs and minutes; the recipe says "
+    with pytest.raises(UserError, match=twice + "steps and minutes"):
+        load_recipe(ROOT / "recipes/eaglevlm.yaml", ["steps=5", "minutes=2"])
+    text = (ROOT / "recipes/eaglevlm.yaml").read_text(encoding="utf-8")
+    (tmp_path / "twice.yaml").write_text(text + "\nsteps: 5\n", encoding="utf-8")
+    with pytest.raises(UserError, match=twice + "steps and epochs"):
+        load_recipe(tmp_path / "twice.yaml")
+    assert load_recipe(tmp_path / "twice.yaml", ["steps=null"]).epochs == 1
 
 
 def test_a_missing_or_broken_recipe_is_named(tmp_path):
@@ -384,12 +403,16 @@ def test_workers_prepare_the_same_batches_and_end():
 
 @pytest.mark.parametrize(
     ("words", "error"),
-    [("DataLoader worker (pid 7) is killed by signal: Killed. ", UserError), ("mine", RuntimeError)],
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", UserError),
+        ("DataLoader timed out after 600 seconds", UserError),
+        ("mine", RuntimeError),
+    ],
 )
-def test_a_killed_worker_of_a_run_is_told_of(words, error):
+def test_a_worker_of_a_run_that_is_killed_or_hangs_is_told_of(words, error):
     """Torch learns of a death by a signal, and raises these words from its handler, also amid an update."""
     source, encoder = Listed(answered("llava")), Encoder(speaker("llava"), 4096)
-    said = "lower workers or free memory, and go on with --resume-from latest" if error is UserError else words
+    said = "pictures are slow to fetch.*, and go on with --resume-from latest" if error is UserError else words
     with (
         pytest.raises(error, match=said),
         stream(encoder.fresh(source), encoder, Order([1, 2, 3], 2, 0), 0, pin=False),
@@ -467,7 +490,7 @@ def test_what_rows_depend_on_makes_other_rows(tmp_path, change, monkeypatch):
             file.write('{"messages": []}\n')
         source = JsonLines([tmp_path / "rows.jsonl"])
     if change == "transformers":
-        monkeypatch.setattr("transformers.__version__", "6.0")
+        monkeypatch.setattr(processing.transformers, "__version__", "6.0")
     encoder = Encoder(other(change), 300 if change == "length" else 4096)
     assert len(encoded(tmp_path / "cache", source, encoder, 0)) == len(source)
     assert folders() == 2

@@ -182,6 +182,12 @@ def test_trim_and_inspect(tmp_path, capsys):
     asked = ["--data", tmp_path / "rows.jsonl", "--target", tmp_path / "target", "--out", tmp_path / "out"]
     report = json.loads(call("trim", tmp_path / "drafter", *asked, "--size", 60, "--json"))
     assert (report["draft_vocab_size"], report["coverage"]) == (60, 1.0)
+    other = [*asked[:-1], tmp_path / "other"]
+    as_option = call("trim", "--drafter", tmp_path / "drafter", *other, "--size", 60, "--json")
+    assert json.loads(as_option) == report | {"path": str(tmp_path / "other")}
+    twice = call("trim", tmp_path / "drafter", "--drafter", tmp_path / "drafter", *other, "--size", 60)
+    assert "named twice" in twice
+    assert "Name the drafter" in call("trim", *other, "--size", 60)
     tokens = load_drafter(tmp_path / "out").d2t
     assert torch.equal(tokens, commonest(JsonLines([tmp_path / "rows.jsonl"]), target("llava"), 60).tokens)
     told = call("inspect", "--drafter", tmp_path / "out", "--target", tmp_path / "target")
@@ -189,4 +195,4 @@ def test_trim_and_inspect(tmp_path, capsys):
     assert "60 of 401 tokens; their rows of the target's head, 3,840 numbers, are copied in use" in told
     assert "They fit." in told
     assert "not empty" in call("trim", tmp_path / "drafter", *asked, "--size", 60)
-    assert "no head to trim" in call("trim", "lookup", *asked[:-1], tmp_path / "other", "--size", 60)
+    assert "no head to trim" in call("trim", "lookup", *asked[:-1], tmp_path / "third", "--size", 60)

@@ -18,6 +18,7 @@ from speculens import Conversation, Engine, LookupDrafter, Sampling
 from speculens.plan import Planner
 from speculens.sampling import Logprob
 from speculens.server import worker
+from speculens.server.metrics import Metrics
 from speculens.server.settings import Limits, Model
 from speculens.server.wire import Ask, Cancel, Piece, Refusal
 from speculens.server.worker import Worker
@@ -132,6 +133,23 @@ def test_who_leaves_while_waiting_is_forgotten_and_disturbs_nobody(client, engin
     assert client.text(1) == own_text(tokens=200)
     assert client.text(4) == own_text()
     assert not engine.running and not engine.pending
+
+
+def test_the_passes_of_who_leaves_in_between_are_counted(client):
+    client.ask(1, tokens=1000)
+    client.until(lambda _: len(client.of(1)) > 5)
+    client.pipe.send(Cancel(1))
+    client.ask(2)
+    client.until_ended(2)
+    assert client.of(1)[-1].finish_reason == "cancelled"
+    metrics = Metrics()
+    for event in client.heard:
+        metrics.count(event)
+    tokens, passes, kept = (
+        metrics.registry.get_sample_value(f"speculens:{name}_total")
+        for name in ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
+    )
+    assert tokens == 2 + passes + kept  # one of each prompt; of each pass what was kept and the target's own
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,12 @@ class Store:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"facts": self._facts, "seconds": scales}, file, indent=1)
-            Path(name).replace(self.path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump({"facts": self._facts, "seconds": scales}, file, indent=1)
+                Path(name).replace(self.path)
+            finally:
+                Path(name).unlink(missing_ok=True)  # it is there only if that failed
 
 
 def cache_folder() -> Path:

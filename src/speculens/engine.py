@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -189,7 +189,7 @@ class Engine:
         for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
             emitted, text = slot.emit(chosen, ends)
             drafted = min(len(emitted), len(chosen) - 1)
-            slot.stats.add_pass(len(emitted), drafted, int(tree.size) - 1)
+            slot.stats.add_pass(len(emitted), drafted, table[row][-1] - 1)
             known = () if along is None else likelihoods(along[row], slot.sampling, emitted)
             steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1)), known))
         self._target.settle([len(chosen) for chosen in accepted])
@@ -338,8 +338,8 @@ class Engine:
         if "num_steps" not in own:
             return Pinned()
         largest = TreeShape(**own)  # often made for a CPU
-        if self.target.device.type == "cuda" and largest.nodes < ROOMY.nodes:
-            largest = ROOMY
+        if self.target.device.type == "cuda":
+            largest = TreeShape(*map(max, astuple(largest), astuple(ROOMY)))
         shapes = ladder(largest)
         return Planner(shapes, Costs(shapes, Store(self._facts())))
 

@@ -50,7 +50,8 @@ class Outcome:
     """What a step brought.
 
     tree   as drafted
-    table  (B, 1 + P) long: how many tokens a row accepted, 0 where it does not run, and the tokens, the first so many
+    table  (B, 2 + P) long: how many tokens a row accepted, 0 where it does not run, the tokens, the first so many, and
+           last the nodes of its tree, padding left out
     along  (B, P, V) corrected logits that the tokens were chosen from; None unless a row asks how likely they were
     """
 
@@ -199,7 +200,7 @@ class Loop:
             else:
                 self.backlog.add(along, tokens, counts)
             front.advance(tokens, counts)
-        table = torch.cat([counts[:, None], tokens], 1)
+        table = torch.cat([counts[:, None], tokens, tree.live.sum(1, keepdim=True)], 1)
         return Outcome(tree, table, gather_rows(logits, path) if bucket.needs.logprobs else None)
 
     def _catch_up(self, rows: slice, horizon: int) -> None:

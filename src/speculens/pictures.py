@@ -91,13 +91,13 @@ def decode_data_uri(uri: str) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
         _refuse(_short(uri), "the data URI has no comma before its data")
-    data = urllib.parse.unquote_to_bytes(payload)
-    if not header.lower().endswith(";base64"):
-        return data
     try:
+        data = urllib.parse.unquote_to_bytes(payload)
+        if not header.lower().endswith(";base64"):
+            return data
         return base64.b64decode(b"".join(data.split()), validate=True)
-    except ValueError as error:
-        _refuse(_short(uri), "its base64 data is broken", error)
+    except ValueError as error:  # also of half a character, a lone surrogate
+        _refuse(_short(uri), "its data is broken", error)
 
 
 def _download(url: str, max_bytes: int, timeout: float) -> bytes:

@@ -35,11 +35,6 @@ class Slot:
         return self.stream.text if self.stream else ""
 
     @property
-    def length(self) -> int:
-        """Rows committed in the target's cache: prompt and output, without the newest token."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-    @property
     def generation(self) -> Generation:
         """What there is of it, once it has finished."""
         return Generation(self.tokens, self.text, self.finish_reason or "", self.stats)

@@ -142,7 +142,9 @@ class Bench:
                 continue
             journal.add({"id": case.name, "number": number, "turns": [record.to_row() for record in turns]})
             for name, before in passes.items():
-                passes[name] = Stats.total([before, *(record.answers[name].generation.stats for record in turns)])
+                stats = (record.answers[name].generation.stats for record in turns)
+                # Notes would grow with every picture, and be copied each time.
+                passes[name] = Stats.total([before, *(replace(one, drafter_notes={}) for one in stats)])
             done += 1
             lengths = {name: stats.mean_acceptance_length for name, stats in passes.items()}
             on_progress(Progress(done, total, lengths))

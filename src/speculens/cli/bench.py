@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from speculens.cli.models import load
 from speculens.cli.options import (
     DRAFTER_HELP,
+    IMAGE_ROOT_DEFAULT,
     IMAGE_ROOT_HELP,
     SAMPLING,
     Capture,
@@ -29,9 +30,15 @@ from speculens.cli.options import (
     SampleTopP,
     Temperature,
     TopK,
+    Tree,
+    Trees,
     given,
+    tree_numbers,
 )
 from speculens.cli.output import print_json, versions
+
+if TYPE_CHECKING:
+    from speculens.tree import TreeShape
 
 
 def bench(  # noqa: PLR0913, PLR0917 - a flag each
@@ -44,16 +51,18 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[DRAFTER]...", help="Further drafters.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Where the suite's data is; may be repeated.")] = None,
-    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP, show_default=IMAGE_ROOT_DEFAULT)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first cases of the suite.")] = None,
     turns: Annotated[
-        int | None, typer.Option(min=1, help="Questions to ask of each conversation; default all.")
+        int | None, typer.Option(min=1, help="Questions to ask of each conversation.", show_default="all")
     ] = None,
     closer: Annotated[
-        int | None, typer.Option(min=0, help="Cases decoded once more, to see where the time goes; 0: none. Default 8.")
+        int | None,
+        typer.Option(min=0, help="Cases decoded once more, to see where the time goes; 0: none.", show_default="8"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json: Json = False,
+    tree: Tree = Trees.own,
     num_steps: NumSteps = None,
     topk: TopK = None,
     num_draft_tokens: NumDraftTokens = None,
@@ -80,6 +89,7 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     from speculens.drafters.base import reshaped
     from speculens.show import Screen
 
+    numbers = tree_numbers(tree, num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
     holds_run(out, resume=resume)  # before anything is loaded
     asking = Asking(
         turns=turns, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
@@ -90,8 +100,11 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
     drafters = {
         name: load_drafter(name, dtype=model.dtype, device=model.device, target=model) for name in ours if name != NONE
     }
-    wanted = given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
-    shapes = {name: shape for name, guesser in drafters.items() if (shape := reshaped(guesser, wanted))}
+    shapes: dict[str, TreeShape | Literal["auto"]] = (
+        dict.fromkeys(drafters, "auto")
+        if tree is Trees.auto
+        else {name: shape for name, guesser in drafters.items() if (shape := reshaped(guesser, numbers))}
+    )
     measured = Bench(
         model,
         drafters,
@@ -117,7 +130,9 @@ def bench(  # noqa: PLR0913, PLR0917 - a flag each
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `bench` wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the first run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write.", show_default="report.html in the first run")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Draw what `bench` measured: one page that needs nothing else, and its plots as PNG."""

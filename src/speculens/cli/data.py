@@ -10,15 +10,20 @@ import typer
 from speculens.cli.models import hush, load
 from speculens.cli.options import (
     DRAFTER_HELP,
+    IMAGE_ROOT_DEFAULT,
     IMAGE_ROOT_HELP,
+    MAX_NEW_TOKENS_HELP,
     SAMPLING,
+    TEMPERATURE_HELP,
+    TOP_K_HELP,
+    TOP_P_HELP,
     Device,
     DeviceMap,
     Dtype,
     Json,
-    MaxModelLen,
     NumberFormat,
     Revision,
+    SlotLen,
     given,
 )
 from speculens.cli.output import print_json, versions
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 def prepare_data(  # noqa: PLR0913, PLR0917 - a flag each
     files: Annotated[list[Path], typer.Argument(help="JSON lines, or JSON arrays, of rows in any known form.")],
     out: Annotated[Path, typer.Option(help="The file of rows to write.")],
-    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP, show_default=IMAGE_ROOT_DEFAULT)] = None,
     copy_images: Annotated[
         bool, typer.Option("--copy-images", help="Copy the pictures into a folder beside the output.")
     ] = False,
@@ -73,26 +78,31 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
         Path | None,
         typer.Option("--config", "-c", help="Recipe of prompts and sampling, a YAML file; options replace its values."),
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP)] = None,
+    image_root: Annotated[Path | None, typer.Option(help=IMAGE_ROOT_HELP, show_default=IMAGE_ROOT_DEFAULT)] = None,
     instruction_suffix: Annotated[str | None, typer.Option(help="Said after every question.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message of every row.")] = None,
-    turns: Annotated[int | None, typer.Option(help="Questions to answer of each row; default all.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Questions to answer of each row.", show_default="all")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the file.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="Rows that are answered side by side.")] = 8,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try rows again that an earlier run could not answer.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default 1024.", rich_help_panel=SAMPLING)] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default 1.", rich_help_panel=SAMPLING)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Default 0, off.", rich_help_panel=SAMPLING)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Default 1, off.", rich_help_panel=SAMPLING)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help=MAX_NEW_TOKENS_HELP, show_default="1024", rich_help_panel=SAMPLING)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help=TEMPERATURE_HELP, show_default="1", rich_help_panel=SAMPLING)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help=TOP_K_HELP, show_default="0", rich_help_panel=SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(help=TOP_P_HELP, show_default="1", rich_help_panel=SAMPLING)] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Default 0; each row's own is made from it.", rich_help_panel=SAMPLING)
+        int | None,
+        typer.Option(help="Each row's own is made from it.", show_default="0", rich_help_panel=SAMPLING),
     ] = None,
     dtype: NumberFormat = Dtype.auto,
     device: Device = None,
     device_map: DeviceMap = None,
-    max_model_len: MaxModelLen = None,
+    max_model_len: SlotLen = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -120,7 +130,8 @@ def respond(  # noqa: PLR0913, PLR0917 - a flag each
     _, errors = outputs(source, out)  # what is wrong with them is said before the target is loaded
     model, guesser = load(target, drafter, dtype=dtype, device=device, device_map=device_map, revision=revision)
     engine = Engine(model, guesser, slots=slots, capacity=max_model_len)
-    responder = Responder(engine, source, asking, out, target, limit)
+    loaded = given(revision=revision, dtype=None if dtype == Dtype.auto else dtype.value)
+    responder = Responder(engine, source, asking, out, target, limit, loaded)
     screen = Screen(quiet=json)
     with screen.progress("rows") as tell:
         outcome = responder.run(retry_errors=retry_errors, on_row=tell)

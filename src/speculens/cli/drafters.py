@@ -63,11 +63,14 @@ def export(
 
 
 def trim(
-    drafter: Annotated[str, typer.Argument(help="Folder or hub id of a trained drafter.")],
     data: Annotated[list[Path], typer.Option(help="Rows whose answers are counted, best the target's own (respond).")],
     size: Annotated[int, typer.Option(min=1, help="Tokens that it shall draft.")],
     target: Annotated[str, typer.Option(help="Folder or hub id of the target that it drafts for.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    place: Annotated[
+        str | None, typer.Argument(metavar="DRAFTER", help="Folder or hub id of a trained drafter.")
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -79,6 +82,11 @@ def trim(
     from speculens.show import Screen
     from speculens.targets import outline_target
 
+    if place and drafter:
+        raise UserError("The drafter to trim is named twice: leave out --drafter.")
+    drafter = drafter or place
+    if not drafter:
+        raise UserError("Name the drafter to trim with --drafter.")
     check_empty(out)
     hush()
     outline = outline_target(target, revision=revision)

@@ -13,6 +13,8 @@ from speculens.cli.models import load
 from speculens.cli.options import (
     DRAFTER_HELP,
     SAMPLING,
+    TREE,
+    TREE_HELP,
     Capture,
     Device,
     DeviceMap,
@@ -29,7 +31,8 @@ from speculens.cli.options import (
     SampleTopP,
     Temperature,
     TopK,
-    given,
+    Trees,
+    tree_numbers,
 )
 from speculens.cli.output import print_json, versions, write
 from speculens.errors import UserError
@@ -48,6 +51,10 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     compare: Annotated[bool, typer.Option("--compare", help="Run the target alone beside it and show both.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the answer as an HTML page.")] = None,
     json: Json = False,
+    tree: Annotated[
+        Trees | None,
+        typer.Option(help=TREE_HELP, show_default="auto, unless a number below is given", rich_help_panel=TREE),
+    ] = None,
     num_steps: NumSteps = None,
     topk: TopK = None,
     num_draft_tokens: NumDraftTokens = None,
@@ -55,7 +62,12 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     temperature: Temperature = 0.0,
     top_k: SampleTopK = 0,
     top_p: SampleTopP = 1.0,
-    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Leave out tokens less probable than so much of the likeliest one; 0 is off.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
     seed: Annotated[
@@ -74,6 +86,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     """Answer a question about pictures, as the target itself would, sooner."""
     if compare and drafter == "none":
         raise UserError("--compare sets a drafter beside none: name one with --drafter.")
+    numbers = tree_numbers(tree, num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
     from speculens.answer import Entry, ask, warm_up
     from speculens.drafters.base import reshaped
     from speculens.engine import Engine
@@ -93,10 +106,12 @@ def generate(  # noqa: PLR0913, PLR0917 - a flag each
     )
     conversation = conversation_of(question, image or [], system)
     model, guesser = load(target, drafter, dtype=dtype, device=device, device_map=device_map, revision=revision)
-    shape = reshaped(guesser, given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens))
+    shape = reshaped(guesser, numbers)
     prompt = model.encode(conversation)
     capacity = max_model_len or min(model.context, len(prompt) + max_new_tokens)
-    engine = Engine(model, guesser, capacity=capacity, shape=shape or "auto", capture=capture.value)
+    engine = Engine(
+        model, guesser, capacity=capacity, shape=shape or (None if tree is Trees.own else "auto"), capture=capture.value
+    )
     alone = Engine(model, capacity=capacity, capture=capture.value) if compare else None
     if alone:
         warm_up((engine, alone), prompt, sampling)

@@ -4,49 +4,44 @@ from __future__ import annotations
 
 import json as jsons
 import sys
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from speculens.cli.options import (
     DRAFTER_HELP,
-    TREE,
     Capture,
     Device,
     DeviceMap,
     Dtype,
     Json,
-    MaxModelLen,
     NumberFormat,
     NumDraftTokens,
     NumSteps,
     Recorded,
     Revision,
+    SlotLen,
     TopK,
-    given,
+    Tree,
+    Trees,
+    tree_numbers,
 )
 from speculens.cli.output import print_json, versions
 from speculens.errors import UserError, lacking
 
 
-class Trees(StrEnum):
-    """Which tree a server's steps draft."""
-
-    own = "own"
-    auto = "auto"
-
-
 def serve(  # noqa: PLR0913, PLR0917 - a flag each
     target: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
-    drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP + " Default `none`.")] = None,
+    drafter: Annotated[str | None, typer.Option(help=DRAFTER_HELP, show_default="none")] = None,
     speculative_config: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="The same as vLLM writes it: `method`, `model`, `num_speculative_tokens`."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; the default is this machine alone.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call it; default: the target.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call it.", show_default="the target")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="SPECULENS_API_KEY", show_envvar=True, help="Ask every client for this key.")
     ] = None,
@@ -73,9 +68,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     no_warm_up: Annotated[
         bool, typer.Option("--no-warm-up", help="On a GPU: record graphs when they are first needed, not at the start.")
     ] = False,
-    tree: Annotated[
-        Trees, typer.Option(help="`own`: the drafter's; `auto`: sized at each step by cost.", rich_help_panel=TREE)
-    ] = Trees.own,
+    tree: Tree = Trees.own,
     num_steps: NumSteps = None,
     topk: TopK = None,
     num_draft_tokens: NumDraftTokens = None,
@@ -83,7 +76,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     device: Device = None,
     device_map: DeviceMap = None,
     capture: Recorded = Capture.auto,
-    max_model_len: MaxModelLen = None,
+    max_model_len: SlotLen = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -97,9 +90,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a flag each
     method, tokens = speculation(speculative_config, drafter)
     if num_draft_tokens is None:
         num_draft_tokens = tokens
-    changes = given(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
-    if changes and tree is Trees.auto:
-        raise UserError(f"--tree auto sizes the tree itself: leave out --{next(iter(changes)).replace('_', '-')}.")
+    changes = tree_numbers(tree, num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
     model = Model(
         target=target,
         drafter=method,

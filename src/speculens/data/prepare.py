@@ -32,7 +32,7 @@ class Selection:
     shuffle_seed  order of the rows, before the limit; None leaves them as they are
     copy_images   copy every picture into a folder beside the output, `NAME_images`
     max_length    tokens of text and picture that a row may have (needs a target); a longer one is refused, never cut
-    overwrite     replace an output that exists
+    overwrite     replace an output or its error file that exists
     """
 
     limit: int | None = None
@@ -112,8 +112,9 @@ def prepare(
     selection, files = selection or Selection(), outputs(source, output)
     if selection.max_length is not None and target is None:
         raise UserError("max_length counts the tokens of a target: name one with --target.")
-    if output.exists() and not selection.overwrite:
-        raise UserError(f"{output} exists already: choose another output, or replace it with --overwrite.")
+    for file in files:
+        if file.exists() and not selection.overwrite:
+            raise UserError(f"{file} exists already: choose another output, or replace it with --overwrite.")
     summary, first = Summary(), ""
     with ExitStack() as stack:
         rows, refusals = (stack.enter_context(_WholeFile(path)) for path in files)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,9 @@ class Asking:
             raise UserError(f"Row {name!r}: it has no message of the user to answer.")
         return Conversation((*head, *solved)), asked[: self.turns]
 
-    def fingerprint(self, target: str) -> str:
-        """Of everything that the answers depend on."""
-        settings = json.dumps({"target": target, **asdict(self)}, sort_keys=True)
+    def fingerprint(self, target: str, **loaded: str) -> str:
+        """Of everything that the answers depend on; `loaded` says how the target was, where not by default."""
+        settings = json.dumps({"target": target, **loaded, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
@@ -125,7 +125,8 @@ class Outcome:
     skipped          rows that an earlier run had answered, or had refused and that were not to be tried again
     reasons          of the errors, counted
     finish_reasons   of the answers of this run, counted
-    stats            of the engine
+    stats            of the engine, without what the drafter noted
+    notes            of the drafter, counted: a list of them would grow with every picture
     """
 
     success: int = 0
@@ -136,6 +137,7 @@ class Outcome:
     tokens: int = 0
     seconds: float = 0.0
     stats: Stats = field(default_factory=Stats)
+    notes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     first_error: str = ""
 
     @property
@@ -146,7 +148,9 @@ class Outcome:
     def add_answer(self, slot: Slot) -> None:
         self.finish_reasons[str(slot.finish_reason)] += 1
         self.tokens += len(slot.tokens)
-        self.stats = Stats.total([self.stats, slot.stats])
+        self.stats = Stats.total([self.stats, replace(slot.stats, drafter_notes={})])
+        for name, words in slot.stats.drafter_notes.items():
+            self.notes[name].update(words)
 
     def add_error(self, error: UserError) -> None:
         self.error += 1
@@ -164,7 +168,8 @@ class Outcome:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 2) if self.seconds else 0.0,
-            "stats": self.stats.to_dict(),
+            "stats": self.stats.to_dict()
+            | {"drafter_notes": {name: dict(words) for name, words in self.notes.items()}},
         }
 
 
@@ -185,15 +190,23 @@ class Responder:
     """Answers the rows of `source` into `output`; goes on where an earlier run with the same settings ended.
 
     target  how the target is named in the rows' metadata
+    loaded  its revision and dtype, where they are not the default: a file of others is not gone on with
     """
 
     def __init__(
-        self, engine: Engine, source: JsonLines, asking: Asking, output: Path, target: str, limit: int | None = None
+        self,
+        engine: Engine,
+        source: JsonLines,
+        asking: Asking,
+        output: Path,
+        target: str,
+        limit: int | None = None,
+        loaded: Mapping[str, str] | None = None,
     ) -> None:
         self._engine, self._source, self._asking = engine, source, asking
         self._output, self._target = output, target
         self._rows = len(source) if limit is None else min(limit, len(source))
-        self._made_with = asking.fingerprint(target)
+        self._made_with = asking.fingerprint(target, **(loaded or {}))
         self.outcome = Outcome()
 
     def run(self, *, retry_errors: bool = False, on_row: OnRow | None = None) -> Outcome:

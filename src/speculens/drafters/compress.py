@@ -103,7 +103,7 @@ class CompressOptions:
         return self.ratios.get(operator, RATIOS[operator])
 
 
-class Pressed(NamedTuple):
+class Compressed(NamedTuple):
     """k rows of each of R runs.
 
     embeds, hidden  (R, k, H)
@@ -122,14 +122,14 @@ class Prune(nn.Module):
         super().__init__()
         self.ratio, self.keep, self.seed = options.ratio("prune"), options.keep, options.seed
 
-    def forward(self, embeds: Tensor, hidden: Tensor) -> Pressed:
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Compressed:
         runs, rows = embeds.shape[:2]
         count = math.ceil(rows / self.ratio)
         if self.keep == "random":
             kept = _subset(rows, count, self.seed, embeds.device).expand(runs, -1)
         else:
             kept = hidden.float().norm(dim=-1).topk(count).indices.sort().values
-        return Pressed(gather_rows(embeds, kept), gather_rows(hidden, kept), kept)
+        return Compressed(gather_rows(embeds, kept), gather_rows(hidden, kept), kept)
 
 
 class Pool(nn.Module):
@@ -140,7 +140,7 @@ class Pool(nn.Module):
         self.ratio, self.grid = options.ratio("pool"), options.grid
         self.flat = options.mode == "weighted"  # there its rows must match those of the others one by one
 
-    def forward(self, embeds: Tensor, hidden: Tensor) -> Pressed:
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Compressed:
         rows = embeds.shape[1]
         grid = None if self.flat else known_grid(rows, self.grid)
         group = _stretches(rows, math.ceil(rows / self.ratio)) if grid is None else _tiles(*grid, self.ratio)
@@ -149,7 +149,7 @@ class Pool(nn.Module):
         mean = member / member.sum(1, keepdim=True)
         place = torch.arange(rows, device=embeds.device)
         last = torch.where(member > 0, place, 0).amax(1)
-        return Pressed(mean @ embeds, mean @ hidden, last.expand(len(embeds), -1))
+        return Compressed(mean @ embeds, mean @ hidden, last.expand(len(embeds), -1))
 
 
 class Conv(nn.Module):
@@ -161,7 +161,7 @@ class Conv(nn.Module):
         start = torch.ones(size) if options.depthwise else torch.eye(size)
         self.weight = nn.Parameter(start[..., None].repeat_interleave(self.stride, -1) / self.stride)
 
-    def forward(self, embeds: Tensor, hidden: Tensor) -> Pressed:
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Compressed:
         rows = embeds.shape[1]
         count = math.ceil(rows / self.stride)
         place = torch.arange(count * self.stride, device=embeds.device).clamp(max=rows - 1)
@@ -172,7 +172,7 @@ class Conv(nn.Module):
         else:
             out = both.flatten(2) @ self.weight.transpose(1, 2).flatten(1).T
         embeds, hidden = out.chunk(2)
-        return Pressed(embeds, hidden, place[self.stride - 1 :: self.stride].expand(len(embeds), -1))
+        return Compressed(embeds, hidden, place[self.stride - 1 :: self.stride].expand(len(embeds), -1))
 
 
 class Resample(nn.Module):
@@ -189,13 +189,13 @@ class Resample(nn.Module):
         self.v_proj = nn.Linear(size, width, bias=False)
         self.o_proj = nn.Linear(width, size, bias=False)
 
-    def forward(self, embeds: Tensor, hidden: Tensor) -> Pressed:
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Compressed:
         runs, rows = embeds.shape[:2]
         query = self.query[:, :rows]  # no operator makes more rows than it was given
         scores = query @ self._heads(self.k_proj(embeds)).transpose(2, 3) / math.sqrt(query.shape[-1])
         weights = scores.softmax(-1)
         embeds, hidden = (self._mix(weights, x) for x in (embeds, hidden))
-        return Pressed(embeds, hidden, torch.full((runs, query.shape[1]), rows - 1, device=embeds.device))
+        return Compressed(embeds, hidden, torch.full((runs, query.shape[1]), rows - 1, device=embeds.device))
 
     def _mix(self, weights: Tensor, x: Tensor) -> Tensor:
         return self.o_proj((weights @ self._heads(self.v_proj(x))).transpose(1, 2).flatten(2))
@@ -210,9 +210,9 @@ class Nothing(nn.Module):
     def __init__(self, _config: DrafterConfig, _options: CompressOptions) -> None:
         super().__init__()
 
-    def forward(self, embeds: Tensor, hidden: Tensor) -> Pressed:
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Compressed:
         last = torch.zeros(len(embeds), 0, dtype=torch.long, device=embeds.device)
-        return Pressed(embeds[:, :0], hidden[:, :0], last)
+        return Compressed(embeds[:, :0], hidden[:, :0], last)
 
 
 OPERATORS: dict[str, type[nn.Module]] = {

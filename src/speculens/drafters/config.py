@@ -13,6 +13,7 @@ from speculens.values import one_of, read
 
 NAME = "The drafter's config.json"  # what messages call it
 CONTRACTS = ("full", "compress", "adaptor", "hidden")
+FORMER = ("num_query_tokens",)  # keys of older files, that meant nothing
 SIZES = (
     *("target_hidden_size", "target_vocab_size", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -45,7 +46,6 @@ class DrafterConfig:
     image_contract: str = "full"
     num_hidden_layers: int = 1
     draft_vocab_size: int | None = None
-    num_query_tokens: int = 0
     min_pixels: int | None = None
     max_pixels: int | None = None
     rms_norm_eps: float = 1e-6
@@ -69,5 +69,5 @@ class DrafterConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DrafterConfig:
-        """Inverse of `to_dict`; raises UserError on missing or unknown keys and on values of another type."""
-        return read(DrafterConfig, values, NAME)
+        """Inverse of `to_dict`, also of older ones; raises UserError on missing or unknown keys and on wrong types."""
+        return read(DrafterConfig, {key: value for key, value in values.items() if key not in FORMER}, NAME)

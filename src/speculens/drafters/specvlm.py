@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from speculens.attention import causal_attention
-from speculens.drafters.compress import OPERATORS, RATIOS, CompressOptions, Pressed
+from speculens.drafters.compress import OPERATORS, RATIOS, Compressed, CompressOptions
 from speculens.drafters.config import DrafterConfig
 from speculens.drafters.eagle import EagleDrafter
 from speculens.drafters.layer import Attend, biased_attention
@@ -69,7 +69,7 @@ class Block:
     """
 
     runs: Sequence[int]
-    rows: Pressed
+    rows: Compressed
     bias: Tensor | None = None
 
 
@@ -162,28 +162,28 @@ class SpecVLMDrafter(EagleDrafter):
             return [], {}
         groups = _by_length(dict(enumerate(runs)), features, next_embeds) if mode != "select" or self._learning else []
         if mode == "concat":
-            return [self._press(name, group) for group in groups for name in used], {}
+            return [self._block(name, group) for group in groups for name in used], {}
         if mode == "weighted":
             return self._mix(features, groups, runs), {}
         if self.gate is not None and self._learning:
             bias = (self._draw(self._logits(features, runs)) + UNSELECTED).log()
             return [
-                replace(self._press(name, group), bias=bias[group.index, number])
+                replace(self._block(name, group), bias=bias[group.index, number])
                 for group in groups
                 for number, name in enumerate(used)
             ], {}
         names = self._names(features, runs)
         chosen = {name: {i: run for i, run in enumerate(runs) if names[i] == name} for name in used}
         return [
-            self._press(name, group)
+            self._block(name, group)
             for name, theirs in chosen.items()
             for group in _by_length(theirs, features, next_embeds)
         ], {"operator": names}
 
-    def _press(self, name: str, group: Group) -> Block:
+    def _block(self, name: str, group: Group) -> Block:
         """One operator over runs of one length. `last` becomes a slot of the sequence."""
         embeds, hidden, last = self.operators[name](group.embeds, group.hidden)
-        return Block(group.runs, Pressed(embeds, hidden, group.start + last))
+        return Block(group.runs, Compressed(embeds, hidden, group.start + last))
 
     def _mix(self, features: Features, groups: Sequence[Group], runs: Sequence[Run]) -> list[Block]:
         """Mode `weighted`: the operators' rows, one by one, added up with the gate's softmax."""
@@ -191,13 +191,13 @@ class SpecVLMDrafter(EagleDrafter):
         share = self._logits(features, runs).softmax(-1) if self.gate is not None else features.hidden.new_ones(shape)
         share, mixed = share.to(features.hidden.dtype), []
         for group in groups:
-            parts = [self._press(name, group).rows for name in self.options.used]
+            parts = [self._block(name, group).rows for name in self.options.used]
             weights = share[group.index].T[..., None, None]  # (operators, R, 1, 1)
             embeds, hidden = (
                 (weights * torch.stack(streams)).sum(0)
                 for streams in ([part.embeds for part in parts], [part.hidden for part in parts])
             )
-            mixed.append(Block(group.runs, Pressed(embeds, hidden, parts[-1].last)))
+            mixed.append(Block(group.runs, Compressed(embeds, hidden, parts[-1].last)))
         return mixed
 
 

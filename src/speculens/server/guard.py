@@ -21,7 +21,7 @@ from speculens.server.settings import Settings
 
 log = logging.getLogger("speculens.server.access")
 
-OPEN = ("/v1/", "/metrics", "/openapi.json")  # paths behind the key; the page and /health tell nothing
+GUARDED = ("/v1/", "/metrics", "/openapi.json")  # paths behind the key; the page and /health tell nothing
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -99,7 +99,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise ApiError(403, "Pages of another origin may not use this server.")
-        if self._key is not None and str(scope["path"]).startswith(OPEN):
+        if self._key is not None and str(scope["path"]).startswith(GUARDED):
             given = headers.get("authorization", "")
             scheme, _, key = given.partition(" ")
             if not hmac.compare_digest(key.strip().encode(), self._key) or scheme.lower() != "bearer":

@@ -214,11 +214,22 @@ class Supervisor:
             self._lose(self._last_words or f"the worker {reason}")
             self._last_words = ""
             pause = FIRST_PAUSE if served else min(pause * 2, LONGEST_PAUSE)
-            if self._closing.wait(pause):
+            successor = self._replace(pause)
+            if successor is None:
                 return
-            link = self._link = self._start()
+            link = self._link = successor
             if self._closing.is_set():  # stop() may have looked at the one before
                 link.end()
+
+    def _replace(self, pause: float) -> _Link | None:
+        """A new worker, as soon as there can be one; None if the server ends before."""
+        while not self._closing.wait(pause):
+            try:
+                return self._start()
+            except (OSError, RuntimeError) as error:  # no process, or no thread: the machine may have some again later
+                pause = min(pause * 2, LONGEST_PAUSE)
+                log.error("no worker can be started (%s); the next try is in %g seconds", error, pause)  # noqa: TRY400
+        return None
 
     def _listen(self, link: _Link) -> bool:
         """Deliver until the pipe ends; whether the worker ever was ready. One that then falls silent is killed."""

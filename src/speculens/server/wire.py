@@ -84,7 +84,7 @@ class Piece:
     runs           text by origin: whether it was drafted and kept, or is the target's own
     logprobs       of each emitted token, if asked for: OpenAI's objects
     tree           the step's tree, if asked for
-    finish_reason  with the last piece, and `stats` with it
+    finish_reason  with the last piece, and `stats` with it; `cancelled` where nobody waits any more
     """
 
     number: int

@@ -340,11 +340,8 @@ class Worker:
                 self._refuse(request, Refusal(request.ask.number, 503, late))
 
     def _cut(self, lane: Lane, choice: Choice) -> None:
-        slot, ask = choice.slot, choice.request.ask
-        lane.engine.cancel(slot)
-        self._events.append(
-            Piece(ask.number, choice.number, (), 0, 0, len(slot.prompt), finish_reason="length", stats=slot.stats)
-        )
+        lane.engine.cancel(choice.slot)
+        self._events.append(_end(choice, "length"))
         self._leave(lane, choice)
 
     def _leave(self, lane: Lane, choice: Choice) -> None:
@@ -363,9 +360,17 @@ class Worker:
         request.over = True
         self._requests.pop(request.ask.number, None)
         for lane in self._lanes:
-            for slot in [slot for slot, choice in lane.choices.items() if choice.request is request]:
-                del lane.choices[slot]
-                lane.engine.cancel(slot)
+            for choice in [choice for choice in lane.choices.values() if choice.request is request]:
+                del lane.choices[choice.slot]
+                lane.engine.cancel(choice.slot)
+                if choice.slot.tokens:  # nobody reads it, but its passes count
+                    self._events.append(_end(choice, "cancelled"))
+
+
+def _end(choice: Choice, reason: str) -> Piece:
+    """The last piece of a choice that ends between two steps."""
+    slot, number = choice.slot, choice.request.ask.number
+    return Piece(number, choice.number, (), 0, 0, len(slot.prompt), finish_reason=reason, stats=slot.stats)
 
 
 def _refusal(number: int, error: Exception) -> Refusal:

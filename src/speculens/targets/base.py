@@ -285,7 +285,7 @@ class Target:
 
 
 def _check_build(model: PreTrainedModel) -> None:
-    """Causal layers of attention, one list of them, and pictures among their rows."""
+    """Causal layers of attention, one list of them, all of one shape, and pictures among their rows."""
     text = model.config.get_text_config()
     wrong = ""
     if foreign := sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES):
@@ -294,10 +294,14 @@ def _check_build(model: PreTrainedModel) -> None:
         wrong = "sees pictures by cross-attention"
     elif not hasattr(model.get_decoder(), "layers"):
         wrong = "is not one list of layers"
+    elif getattr(text, "is_heterogeneous", False):
+        wrong = "has layers of several shapes"
+    elif getattr(text, "hidden_size_per_layer_input", None):
+        wrong = "looks up inputs of every layer by token id"
     if wrong:
         raise UserError(
             f"A '{model.config.model_type}' model cannot be a target: its text decoder {wrong}, and draft trees are "
-            "checked by causal self-attention alone."
+            "checked by causal self-attention of equal layers on embeddings alone."
         )
 
 

@@ -42,6 +42,11 @@ def load_target(
     model = _weights(name, config, dtype=dtype, device_map=device_map, revision=revision, **kwargs)
     if device_map is None and not getattr(model, "is_quantized", False):
         model = model.to(device)
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UserError(
+            f"{name} does not fit on the GPUs here, and offloading to the CPU is not supported: use more or larger "
+            "GPUs, a smaller dtype or a smaller model."
+        )
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point()):
         raise UserError(f"The weights of {name} hold numbers that are not finite: fetch the checkpoint again.")
     prepare(model)

@@ -335,7 +335,7 @@ def attempt(read: Callable[[], Row]) -> Row | UserError:
 def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
     """Batches in order, without end, prepared ahead by `workers` processes, which end with the context.
 
-    Raises UserError if one of them dies.
+    Raises UserError if one of them dies or makes nothing for TIMEOUT seconds.
     """
     # Forked, not spawned: processors with a class made at run time cannot be pickled. Workers never touch the GPU.
     forked = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
@@ -361,15 +361,16 @@ def stream(read: Reader, encoder: Encoder, order: Order, workers: int, *, pin: b
 
 @contextmanager
 def _told_of_death(workers: int) -> Iterator[None]:
-    """A UserError for what torch raises when a worker dies, wherever this process is just then."""
+    """A UserError for what torch raises when a worker dies or hangs, wherever this process is just then."""
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise
         raise UserError(
-            f"One of {workers} workers was killed while it prepared batches, most likely because memory ran out: lower "
-            "workers or free memory, and go on with --resume-from latest."
+            f"One of {workers} workers was killed or hung while it prepared batches, most likely because memory ran "
+            "out or pictures are slow to fetch: lower workers or free memory, keep pictures at hand, and go on with "
+            "--resume-from latest."
         ) from error
 
 

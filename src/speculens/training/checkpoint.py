@@ -120,10 +120,21 @@ def tidy(output: Path) -> None:
             old.rename(folder)
 
 
+def drop_after(output: Path, step: int) -> None:
+    """Remove later checkpoints, which a run that goes on from an earlier one abandons: they would pass for its own."""
+    for folder in checkpoints(output):
+        if _step(folder) > step:  # renamed first, so that a kill leaves no half of one that `latest` would mean
+            shutil.rmtree(folder.rename(output / f".{folder.name}.partial"))
+
+
 def checkpoints(output: Path) -> list[Path]:
     """Those of a run, oldest first."""
     found = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def find(output: Path, resume_from: str | Path) -> Path:

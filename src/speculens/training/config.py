@@ -20,6 +20,7 @@ RECIPE = "The recipe"  # what messages call it
 SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION = ("exact", "causal")
 SELECT = ("none", "chain", "public")
+LENGTHS = ("steps", "epochs", "minutes")  # of a run: one of them
 DTYPES = ("mixed", "bfloat16", "float32", "float64")
 
 T = TypeVar("T")
@@ -200,7 +201,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
-        given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "none"
             raise UserError(f"Say exactly one of steps, epochs and minutes; the recipe says {said}.")
@@ -224,7 +225,15 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and lay `section.key=value` over it, values in YAML. Raises UserError on any mistake."""
+    """Read a recipe file and lay `section.key=value` over it, values in YAML. Raises UserError on any mistake.
+
+    Steps, epochs or minutes take the place of whichever of them the file says.
+    """
+    said: dict[str, Any] = {}
+    for override in overrides:
+        said = _override(said, override)
+    if any(said.get(name) is not None for name in LENGTHS):
+        overrides = [*(f"{name}=null" for name in LENGTHS), *overrides]
     return load(Recipe, path, overrides)
 
 

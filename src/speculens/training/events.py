@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-# {"event": "start" | "step" | "eval" | "refused" | "checkpoint" | "end", "step": ..., ...}
+# {"event": "start" | "step" | "eval" | "warning" | "checkpoint" | "end", "step": ..., ...}
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 

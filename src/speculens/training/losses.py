@@ -42,7 +42,7 @@ def list_mle(student: Tensor, teacher: Tensor, top: int) -> Tensor:
 
 
 def prob_l1(student: Tensor, teacher: Tensor, _top: int) -> Tensor:
-    """Σ_v |p̂ - p|, from 0 to 2 (a sum over V, ours: a mean would vanish with V)."""
+    """Σ_v |p̂ - p|, from 0 to 2 (public code of arXiv 2509.15235; its paper prints cross entropy)."""
     return (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
 
 

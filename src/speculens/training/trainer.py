@@ -169,6 +169,7 @@ class Trainer:
             if main:
                 self.output.mkdir(parents=True, exist_ok=True)
                 checkpoint.tidy(self.output)
+                checkpoint.drop_after(self.output, self.progress.step)
                 (self.output / "recipe.yaml").write_text(recipe.to_yaml())
                 self.listeners += [Log(self.output / "log.jsonl", self.progress.step), stack.enter_context(Bar())]
             batches = stack.enter_context(stream(read, encoder, self.order, recipe.workers, pin=pin))
