@@ -230,6 +230,8 @@ def test_models_health_and_metrics_tell_what_is_there(client, served):
         ({"max_tokens": 500}, "do not fit"),
         ({"messages": [{"role": "user", "content": "word " * 500}]}, "do not fit"),
         ({"top_logprobs": 2}, "needs logprobs"),
+        ({"stop": ["."] * 17}, "at most 16"),
+        ({"stop": ["."] * 3 + [""]}, "stop.3: "),
         ({"tools": [{"type": "function"}]}, "does not support"),
         ({"frequency_penalty": 0.5}, "does not support"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode"),
@@ -243,6 +245,7 @@ def test_a_bad_request_is_told_why(served, fields, reason):
     )
     assert answer.status_code == (404 if "model" in fields else 400)
     assert reason in answer.json()["error"]["message"]
+    assert "[" not in answer.json()["error"]["message"], "names of pydantic's own"
 
 
 @pytest.mark.parametrize(

@@ -257,10 +257,15 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """The first of pydantic's complaints that reaches deepest, without what was sent."""
+    """The first of pydantic's complaints that reaches deepest, without what was sent.
+
+    Where a text or a list may stand, a list that is wrong shall not hear that it is no text.
+    """
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    complaint = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
-    place = ".".join(str(part) for part in complaint["loc"] if part != "body")[:200] or None
+    other = ("string_type", "list_type")
+    complaint = max(error.errors(), key=lambda complaint: (len(complaint["loc"]), complaint["type"] not in other))
+    names = [str(part) for part in complaint["loc"] if part != "body"]
+    place = ".".join(name for name in names if "[" not in name)[:200] or None  # without pydantic's names of types
     told = str(complaint["msg"])[:500]
     return ApiError(400, f"{place}: {told}" if place else told, param=place).response()
 
