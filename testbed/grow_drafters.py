@@ -74,7 +74,7 @@ class Job:
         if not own.exists():
             asked = ["--data", str(self.data), "--weights", str(target), "--gpu", str(self.gpu), "--processes", "6"]
             yield "answers", ["testbed.own_answers", *asked]
-        yield "encode", ["speculens.cli", "train", "-c", str(ROOT / "recipes/testbed/eaglevlm.yaml"), *self._encoding()]
+        yield "encode", ["speculens", "train", "-c", str(ROOT / "recipes/testbed/eaglevlm.yaml"), *self._encoding()]
         minutes = (self.deadline - time.monotonic()) / 60
         folders = ["--data", self.data.parent, "--out", self.out, "--scratch", given.scratch / self.out.name]
         options = ["--families", self.family, "--parallel", given.parallel, "--minutes", minutes]

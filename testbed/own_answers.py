@@ -52,7 +52,7 @@ def main() -> None:
     for share in range(given.processes):
         asked, answers = (given.data / f"{word}-{share}.jsonl" for word in ("ask", "own"))
         asked.write_text("".join(lines[share :: given.processes]), encoding="utf-8")
-        command = [sys.executable, "-m", "speculens.cli", "respond", str(asked), "--out", str(answers)]
+        command = [sys.executable, "-m", "speculens", "respond", str(asked), "--out", str(answers)]
         command += ["--target", str(given.weights), "--slots", str(given.slots)]
         command += ["--max-new-tokens", str(given.max_new_tokens), "--temperature", "1"]
         running.append((answers, subprocess.Popen(command, env=environment)))  # noqa: S603

@@ -71,7 +71,7 @@ class Run:
         command = [
             sys.executable,
             "-m",
-            "speculens.cli",
+            "speculens",
             "train",
             "-c",
             str(ROOT / f"recipes/testbed/{self.recipe}.yaml"),

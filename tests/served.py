@@ -24,7 +24,7 @@ class Served:
 
     def __init__(self, target: Path | str, *options: str) -> None:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in __exit__
-        command = (sys.executable, "-m", "speculens.cli", "serve", str(target), "--port", "0", "--json")
+        command = (sys.executable, "-m", "speculens", "serve", str(target), "--port", "0", "--json")
         self.process = subprocess.Popen(
             [*command, "--served-model-name", NAME, *options],
             stdout=subprocess.PIPE,

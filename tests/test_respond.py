@@ -241,7 +241,7 @@ def test_a_killed_process_loses_and_doubles_nothing(folder, target, tmp_path):
     words = [str(word) for word in words]
     rng = random.Random(os.getpid())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "speculens.cli", *words], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "speculens", *words], env=environment)
     try:
         wanted, deadline = rng.randrange(1, 8), time.monotonic() + 120
         while not out.exists() or out.read_bytes().count(b"\n") < wanted:

@@ -1,4 +1,4 @@
-"""`python -m speculens`."""
+"""`python -m speculens`, for launchers that start modules."""
 
 import sys
 

@@ -262,8 +262,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     Where a text or a list may stand, a list that is wrong shall not hear that it is no text.
     """
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    other = ("string_type", "list_type")
-    complaint = max(error.errors(), key=lambda complaint: (len(complaint["loc"]), complaint["type"] not in other))
+    vague = ("string_type", "list_type")
+    complaint = max(error.errors(), key=lambda complaint: (len(complaint["loc"]), complaint["type"] not in vague))
     names = [str(part) for part in complaint["loc"] if part != "body"]
     place = ".".join(name for name in names if "[" not in name)[:200] or None  # without pydantic's names of types
     told = str(complaint["msg"])[:500]

@@ -1,7 +1,0 @@
-"""`python -m speculens.cli`, for launchers that start modules."""
-
-import sys
-
-from speculens.cli import main
-
-sys.exit(main())
