@@ -196,8 +196,9 @@ def test_products_with_a_weight_in_eight_bits(dtype, outputs, inputs, rows, bias
     assert float((got.double() - want).norm() / want.norm()) < (1e-4 if dtype == torch.float32 else 1e-3)
 
 
-def test_rows_are_halved_to_what_they_were():
-    x = torch.cat([randn(3, 700).exp() * randn(3, 700), torch.zeros(1, 700, device=DEVICE)])
+@pytest.mark.parametrize("size", [700, 2 * kernels.HALVED_AT_ONCE + 300])
+def test_rows_are_halved_to_what_they_were(size):
+    x = torch.cat([randn(3, size).exp() * randn(3, size), torch.zeros(1, size, device=DEVICE)])
     parts, steps = kernels._halved(x)
     back = (128 * parts[0].double() + parts[1]) * steps[:, None]
     assert ((back - x).abs() <= 0.501 * steps[:, None]).all()

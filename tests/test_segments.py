@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from speculens.targets import Target
+from speculens.targets import Target, segments
 from speculens.targets.segments import NAME, join_segments, segmented_attention
 from speculens.training.batches import Encoder, collate
 
@@ -66,3 +66,26 @@ def test_positions_made_on_the_host_are_the_models_own(family, monkeypatch):
     own = target.teach(batch.inputs, batch.image).hidden
     real = batch.inputs["attention_mask"].bool()
     assert torch.equal(made[real], own[real])
+
+
+@pytest.mark.parametrize("family", SEGMENTED)
+def test_sizes_that_come_again_are_laid_out_once(family, monkeypatch):
+    """The host's share of a prompt; what was kept of one picture must not serve another of a different size."""
+    model = copy.deepcopy(tiny.model(family, torch.float64))
+    join_segments(model)
+    target = Target(model, tiny.processor(family))
+    monkeypatch.setattr(segments, "MOST_SIZES", 2)
+    made = []
+    own = segments.layout
+    monkeypatch.setattr(segments, "layout", lambda tower, grid, device: made.append(grid) or own(tower, grid, device))
+    prompts = [target.encode(tiny.conversation(family, images=count)) for count in (1, 2, 3)]
+
+    def embeds(which):
+        return target.at_the_door(prompts[which].inputs, None)["inputs_embeds"]
+
+    first = [embeds(which) for which in (0, 1)]
+    assert all(torch.equal(embeds(which), first[which]) for which in (0, 1, 0))
+    assert len(made) == 2
+    embeds(2)  # one too many: the second prompt's is the oldest
+    assert torch.equal(embeds(0), first[0]) and len(made) == 3
+    assert torch.equal(embeds(1), first[1]) and len(made) == 4

@@ -201,6 +201,7 @@ TILES = Tile(64, 256, 4, 1), Tile(64, 128, 4, 2)
 INT8_TILES = Tile(64, 256, 4, 2), Tile(128, 128, 8, 2)
 MOST_ROWS = 64  # of one launch
 HALF = tl.constexpr(128)
+HALVED_AT_ONCE = 1024  # numbers of a row
 STREAMS = 64  # that can count arrivals at the same time
 _streams = count()
 
@@ -339,19 +340,24 @@ def _halved(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     parts = torch.empty(2, rows, size, dtype=torch.int8, device=x.device)
     steps = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(size)
-    _halve[(rows,)](x.contiguous(), parts, steps, rows, size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    whole = triton.next_power_of_2(size)
+    _halve[rows, triton.cdiv(size, HALVED_AT_ONCE)](
+        x.contiguous(), parts, steps, rows, size,
+        WHOLE=whole, BLOCK=HALVED_AT_ONCE, num_warps=min(8, max(1, whole // 1024)),
+    )  # fmt: skip
     return parts, steps
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _halve(x, parts, steps, rows, size, BLOCK: tl.constexpr):
+def _halve(x, parts, steps, rows, size, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program looks at the whole row, which is soon done, and halves its part: dividing and rounding take long."""
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    whole = tl.arange(0, WHOLE)
+    all_of_it = tl.load(x + row * size + whole, mask=whole < size, other=0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(all_of_it), 0), 1e-30) / (127 * HALF)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + row * size + at, mask=inside, other=0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / (127 * HALF)
-    number = tl.floor(value / step + 0.5)
+    number = tl.floor(tl.load(x + row * size + at, mask=inside, other=0).to(tl.float32) / step + 0.5)
     high = tl.floor(number / HALF + 0.5)
     tl.store(parts + row * size + at, high.to(tl.int8), mask=inside)
     tl.store(parts + (rows + row) * size + at, (number - high * HALF).to(tl.int8), mask=inside)

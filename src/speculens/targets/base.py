@@ -257,12 +257,17 @@ class Target:
         On a GPU each such read waits, a thousand times in a batch, and longer where runs share the device. Nothing for
         targets without, and for inputs that have them.
         """
-        rule = getattr(getattr(self.model, "model", None), "get_rope_index", None)
+        rule, known = self._rule_of_positions
         if rule is None or "mm_token_type_ids" not in inputs or "position_ids" in inputs:
             return {}
-        known = inspect.signature(rule).parameters
         read = {name: value.cpu() for name, value in inputs.items() if name in known and isinstance(value, Tensor)}
         return {"position_ids": rule(**read)[0]}
+
+    @cached_property
+    def _rule_of_positions(self) -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, frozenset[str]]:
+        """The model's own rule of M-RoPE, and the names of what it takes."""
+        rule = getattr(getattr(self.model, "model", None), "get_rope_index", None)
+        return rule, frozenset(inspect.signature(rule).parameters) if rule else frozenset()
 
     @cached_property
     def _foresees(self) -> bool:

@@ -12,6 +12,8 @@ The attention is registered under a name of its own and chosen for towers of tha
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +30,7 @@ from speculens.ops import send
 NAME = "speculens_segments_as_flash"
 # Towers whose forward takes what `layout` makes, by the model_type of their config. Others read it back themselves.
 FORESEEN = tuple(name + end for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl") for end in ("", "_vision"))
+MOST_SIZES = 16  # whose layouts a tower keeps; those least in use go first
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def join_segments(model: PreTrainedModel) -> None:
             # Set where it is kept: the public way takes the name for a package that must be installed.
             tower.config._attn_implementation_internal = NAME  # noqa: SLF001
             if tower.config.model_type in FORESEEN:
-                tower.register_forward_pre_hook(_foresee, with_kwargs=True)
+                tower.register_forward_pre_hook(_Foresight(), with_kwargs=True)
 
 
 def _attends_in_segments(tower: PreTrainedModel) -> bool:
@@ -113,11 +116,27 @@ def _attends_in_segments(tower: PreTrainedModel) -> bool:
 def foresees(model: PreTrainedModel) -> bool:
     """Whether sizes of pictures may stay on the host: every tower of this model that reads them is prepared for it."""
     towers = [one for one in model.modules() if isinstance(one, PreTrainedModel) and hasattr(one, "patch_embed")]
-    return bool(towers) and all(_foresee in one._forward_pre_hooks.values() for one in towers)  # noqa: SLF001
+    hooks = (one._forward_pre_hooks.values() for one in towers)  # noqa: SLF001 - there is no public list of them
+    return bool(towers) and all(any(isinstance(hook, _Foresight) for hook in of_one) for of_one in hooks)
 
 
-def _foresee(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, layout(tower, kwargs["grid_thw"].cpu(), tower.device) | kwargs
+class _Foresight:
+    """A hook that hands its tower what follows from the pictures' sizes. The same sizes mostly come again."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, dict[str, Any]] = OrderedDict()
+
+    def __call__(
+        self, tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        grid, device = kwargs["grid_thw"].cpu(), tower.device
+        key = device, tuple(map(tuple, grid.tolist()))
+        if key not in self._known:
+            self._known[key] = layout(tower, grid, device)
+            if len(self._known) > MOST_SIZES:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return args, self._known[key] | kwargs
 
 
 def layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
