@@ -20,6 +20,7 @@ from speculens.engine import WARM, Engine
 from speculens.loop import Bucket
 from speculens.plan import ROOMY, Planner, ladder
 from speculens.sampling import Needs, Sampling
+from speculens.slot import Slot
 from speculens.targets import prompt_graphs
 from speculens.training.config import DrafterRecipe
 from speculens.training.student import make_drafter
@@ -137,13 +138,22 @@ def test_a_step_never_asks_the_device(method, family):
 # Nothing but the buffers is carried from step to step
 
 
+def _tensors(outcome):
+    tree = outcome.tree
+    parts = (tree.tokens, tree.parents, tree.depth, tree.live, tree.ancestors, outcome.table, outcome.along)
+    return [part for part in parts if part is not None]
+
+
 class Replica(Recorder):
-    """Stands for graphs where there is no GPU: a replay runs the work again, while the host's side knows nothing."""
+    """Stands for graphs where there is no GPU: a replay runs the work again, while the host's side knows nothing.
+
+    It writes over what the last one gave.
+    """
 
     def __init__(self, engine):
         super().__init__(engine._loop.step, engine._loop.state)
         self.on, self.engine = True, engine
-        self.sizes = {}
+        self.held = {}
 
     def _record(self, key, kept):
         for _ in range(2):  # what recording runs must leave no trace
@@ -156,9 +166,10 @@ class Replica(Recorder):
         assert key in self
         with self._ignorant():
             outcome = self._work(key)
-        # A graph's shapes are those that it was recorded with.
-        assert self.sizes.setdefault(key, outcome.table.shape) == outcome.table.shape
-        return outcome
+        held = self.held.setdefault(key, outcome)
+        for old, new in zip(_tensors(held), _tensors(outcome), strict=True):
+            old.copy_(new)  # of one shape: that which it was recorded with
+        return held
 
     @contextmanager
     def _ignorant(self):
@@ -202,6 +213,109 @@ def test_settings_with_a_past_run_eagerly_and_the_others_go_on_as_graphs():
     assert penalised.tokens == alone
     assert engine._recorder.replays
     assert {"draft", "score", "choose", "observe", "step"} <= set(plain.stats.seconds)
+
+
+# The next round begins before this one's text is made
+
+
+def test_a_round_is_under_way_while_the_last_ones_text_is_made_and_while_the_caller_has_it(monkeypatch):
+    engine, begun = replaying("eaglevlm", "llava", slots=2), []
+    own = Slot.say
+    monkeypatch.setattr(Slot, "say", lambda slot: begun.append(engine._recorder.replays) or own(slot))
+    seen = [engine._recorder.replays for _ in engine.stream(requests("llava")[0], Sampling(max_new_tokens=12))]
+    assert begun == seen == [0, *range(2, len(seen)), len(seen) - 1]
+    assert engine._under_way is None
+
+
+def trees_and_logprobs(engine, family):
+    """Of every step, by slot; rounds of three slots that end one after another."""
+    told = {}
+    samplings = [replace(s, max_new_tokens=n, logprobs=2) for s, n in zip(MIXED, LENGTHS, strict=True)]
+
+    def note(number, step):
+        tree = [] if step.tree is None else [step.tree.tokens[step.tree.live], step.tree.parents[step.tree.live]]
+        told.setdefault(number, []).append((step.text, step.logprobs, *(part.tolist() for part in tree)))
+
+    engine.generate_all(requests(family), samplings, note)
+    return told
+
+
+@pytest.mark.parametrize(("method", "family"), [("eaglevlm", "llava"), ("hivis", "qwen2_5_vl")])
+def test_what_a_step_tells_is_its_own_though_the_next_round_is_under_way(method, family):
+    want = trees_and_logprobs(engine_for(method, family, slots=3), family)
+    assert trees_and_logprobs(replaying(method, family, slots=3), family) == want
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "and another comes"])
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+def test_a_slot_is_cancelled_while_its_round_is_under_way(leaver, late):
+    """The others' rows move before that round is read; of what it brings the cancelled one nothing is kept."""
+    family, law = "qwen2_5_vl", Sampling(max_new_tokens=24)
+    alone = [engine_for("eaglevlm", family).generate(one, law).tokens for one in requests(family)]
+    engine = replaying("eaglevlm", family, slots=3)
+    slots = [engine.admit(one, law).slot for one in requests(family)[:3]]
+    engine.step()
+    others = [row for row in range(3) if row != leaver]
+    while len(set(engine._under_way.outcome.table[others, 0].tolist())) == 1:
+        engine.step()
+    kept = len(slots[leaver].tokens)
+    engine.cancel(slots[leaver])
+    if late:
+        slots.append(engine.admit(requests(family)[3], law).slot)
+        assert slots[3] not in [step.slot for step in engine.step()], "it waits for the next round"
+    while engine.running:
+        engine.step()
+        ahead = engine._under_way.outcome.table[:, 0] if engine._under_way else torch.zeros(0).long()
+        for cache in (engine._target.cache, engine._drafter.cache):
+            known = torch.tensor(cache.extents)
+            known[: len(ahead)] += ahead
+            assert cache.lengths.tolist() == known.tolist()
+    assert [len(slots[leaver].tokens), slots[leaver].finish_reason] == [kept, "cancelled"]
+    for number, slot in enumerate(slots):
+        assert slot.tokens == (alone[number][:kept] if number == leaver else alone[number])
+
+
+def test_a_round_whose_slots_have_all_gone_is_not_read():
+    """So whoever runs beside it gets a round of its own."""
+    family, law = "llava", Sampling(max_new_tokens=12)
+    alone = [engine_for("eaglevlm", family).generate(one, law).tokens for one in requests(family)[:3]]
+    engine = replaying("eaglevlm", family, slots=3)
+    for others in ([], requests(family)[1:3]):
+        steps = engine.stream(requests(family)[0], law)
+        for _ in range(3):
+            next(steps)
+        assert engine._under_way
+        slots = [engine.admit(one, law).slot for one in others]  # they run beside a round that is not theirs
+        steps.close()
+        assert {step.slot for step in engine.step()} == {*slots}
+        while engine.running:
+            engine.step()
+        assert [slot.tokens for slot in slots] == alone[1 : 1 + len(slots)]
+    assert engine.generate(requests(family)[0], law).tokens == alone[0]
+
+
+@pytest.mark.parametrize("stop", [0, 3, 7])
+def test_stop_strings_end_a_slot_before_the_next_round_begins(stop):
+    family = "llava"
+    eager = engine_for("eaglevlm", family)
+    text = eager.generate(requests(family)[0], Sampling(max_new_tokens=12)).text
+    law = Sampling(max_new_tokens=12, stop=(text[stop : stop + 3],))
+    want, got = (one.generate(requests(family)[0], law) for one in (eager, replaying("eaglevlm", family)))
+    assert (got.tokens, got.text, got.finish_reason) == (want.tokens, want.text, want.finish_reason)
+    assert want.finish_reason == "stop"
+
+
+def test_a_prompt_that_waits_goes_before_the_next_round():
+    law = Sampling(max_new_tokens=12)
+    engine = replaying("none", "llava", slots=2, prefill_chunk=8)
+    engine.admit(requests("llava")[0], law)
+    engine.step()
+    assert engine._under_way
+    engine.submit(requests("llava")[1], law)
+    for _ in range(2):
+        engine.step()
+        assert engine.pending
+        assert not engine._under_way
 
 
 def test_a_drafter_that_works_on_the_host_is_never_recorded():

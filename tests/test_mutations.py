@@ -248,12 +248,11 @@ def penalties_forget_the_prompt(right, tree, history):
     return right(tree, [past[-1:] for past in history])
 
 
-@change(Slot, "emit")
+@change(Slot, "take")
 def only_the_end_of_a_path_is_checked_for_the_end_of_text(right, slot, tokens, ends):
     *before, last = tokens
     slot.tokens += before
-    emitted, text = right(slot, [last], ends)
-    return [*before, *emitted], text
+    return [*before, *right(slot, [last], ends)]
 
 
 @change(Loop, "step")

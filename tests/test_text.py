@@ -151,7 +151,10 @@ def test_steps_and_runs_hold_all_of_the_text_however_it_ends(words, text, data):
     told, seen = TextStream(words), []
     while slot.finish_reason is None:
         count = data.draw(st.integers(1, 4))
-        emitted, said = slot.emit(tokens[len(slot.tokens) :][:count], {words.eos_token_id})
+        emitted = slot.take(tokens[len(slot.tokens) :][:count], {words.eos_token_id})
+        if data.draw(st.booleans()) and slot.finish_reason is None:
+            emitted += slot.take(tokens[len(slot.tokens) :][:1], {words.eos_token_id})
+        said = slot.say()
         accepted = data.draw(st.integers(max(len(emitted) - 1, 0), len(emitted)))
         parts = runs(told, Step(slot, emitted, said, accepted, None))
         assert accepted < len(emitted) or all(run.drafted for run in parts)

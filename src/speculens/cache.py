@@ -16,7 +16,7 @@ accepted, and only the number of columns that a step looks at depends on what th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -30,12 +30,12 @@ CACHE_NAMES = NEW_NAME, OLD_NAME = "cache", "past_key_values"  # in a forward: s
 
 def cache_arguments(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
     """How a Hugging Face model or decoder is given a cache, or none: by the name that its own forward has for it."""
-    return {_cache_name(type(module)): cache, "use_cache": cache is not None}
+    return {_cache_name(type(module).forward): cache, "use_cache": cache is not None}
 
 
 @lru_cache(64)
-def _cache_name(kind: type[nn.Module]) -> str:
-    return NEW_NAME if NEW_NAME in inspect.signature(kind.forward).parameters else OLD_NAME
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return NEW_NAME if NEW_NAME in inspect.signature(forward).parameters else OLD_NAME
 
 
 class SlotCache:

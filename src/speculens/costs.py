@@ -11,11 +11,14 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
+
+import torch
 
 from speculens.tree import TreeShape
 
@@ -38,6 +41,36 @@ def scale_of(slots: int, columns: int) -> Scale:
 def within(shapes: Sequence[TreeShape], scale: Scale) -> list[TreeShape]:
     """Those that so many slots may have at once; a tree of one node always."""
     return [shape for shape in shapes if shape.nodes == 1 or shape.nodes << scale[0] <= MOST_NODES]
+
+
+class Stopwatch:
+    """Times one step at a time: by the device's clock on a GPU, for the host may do other things meanwhile.
+
+    Elsewhere a step has lasted until `seconds` is asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._begun = 0.0
+
+    def start(self) -> None:
+        """What is given to the device from now on is timed."""
+        self._begun = time.perf_counter()
+        if self._events:
+            self._events[0].record(torch.cuda.current_stream(self._device))
+
+    def stop(self) -> None:
+        """All of it was given."""
+        if self._events:
+            self._events[1].record(torch.cuda.current_stream(self._device))
+
+    @property
+    def seconds(self) -> float:
+        """Of the step, once it is over."""
+        if self._events:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+        return time.perf_counter() - self._begun
 
 
 class Costs:

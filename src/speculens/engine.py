@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -20,20 +20,36 @@ from torch import Tensor
 
 from speculens.capture import Recorder, column_bucket, row_bucket
 from speculens.conversation import Conversation
-from speculens.costs import Costs, Store
+from speculens.costs import Costs, Stopwatch, Store
 from speculens.drafters.base import Drafter, NoDrafter
 from speculens.errors import UserError
 from speculens.features import Features
 from speculens.loop import Bucket, Corrected, Loop, Outcome
 from speculens.ops import send
 from speculens.plan import NO_DRAFT, PATIENCE, ROOMY, Pinned, Plan, Planner, ladder
-from speculens.sampling import Needs, Sampling, choose, correct, likelihoods
+from speculens.sampling import Logprob, Needs, Sampling, choose, correct, likelihoods
 from speculens.slot import Generation, Slot, Step
 from speculens.targets.base import Prompt, Target
 from speculens.text import TextStream
 from speculens.tree import DraftTree, TreeShape
 
 WARM = (Sampling(), Sampling(temperature=1.0))  # what `warm_up` prepares for
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A step that was given to the device.
+
+    slots     whose it is, by row
+    outcome   what comes of it
+    part      of the loop, that waiting for it is charged to
+    ordinary  nothing was recorded for it
+    """
+
+    slots: Sequence[Slot]
+    outcome: Outcome
+    part: str
+    ordinary: bool
 
 
 class Engine:
@@ -80,6 +96,8 @@ class Engine:
         self._put_off = 0  # steps whose tokens the drafter has not observed yet
         self._loop = Loop(self._target, self._drafter, slots, target.device, self._patience)
         self._recorder = Recorder(self._loop.step, self._loop.state if self._recorded else None)
+        self._under_way: _Round | None = None
+        self._stopwatch = Stopwatch(target.device if self._recorder.on else torch.device("cpu"))  # of the newest round
         self._synchronize = torch.cuda.synchronize if timed and target.device.type == "cuda" else None
 
     @property
@@ -174,30 +192,14 @@ class Engine:
         return slot
 
     def step(self) -> list[Step]:
-        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it."""
-        steps = self._advance(list(self._running)) if self._running else []
-        if self.pending and len(self._running) < self.slots:
-            steps += self._fill()
-        return steps
+        """One round for every running slot, and after it a piece of a submitted prompt, if a slot is free for it.
 
-    def _advance(self, slots: Sequence[Slot]) -> list[Step]:
-        begun, recorded = time.perf_counter(), self._recorder.captures
-        outcome, table = self._round(slots)
-        tree, along, ends = outcome.tree, outcome.along, self.target.eos_token_ids
-        steps = []
-        accepted = [chosen[:count] for count, *chosen in table[: len(slots)]]
-        for row, (slot, chosen) in enumerate(zip(slots, accepted, strict=True)):
-            emitted, text = slot.emit(chosen, ends)
-            drafted = min(len(emitted), len(chosen) - 1)
-            slot.stats.add_pass(len(emitted), drafted, table[row][-1] - 1)
-            known = () if along is None else likelihoods(along[row], slot.sampling, emitted)
-            steps.append(Step(slot, emitted, text, drafted, tree.rows(slice(row, row + 1)), known))
-        self._target.settle([len(chosen) for chosen in accepted])
-        self._drafter.settle(accepted)
-        kept = {slot: len(chosen) - 1 for slot, chosen in zip(slots, accepted, strict=True)}
-        ordinary = self._recorder.captures == recorded
-        self._plan.learn(kept, time.perf_counter() - begun if ordinary else None)
-        self._leave()
+        Where steps are graphs, the round may be under way since the last call: then a slot that was admitted in between
+        waits for the next one.
+        """
+        steps = self._advance() if self._running else []
+        if self._can_fill:
+            steps += self._fill()
         return steps
 
     def warm_up(self, samplings: Sequence[Sampling] = WARM, progress: Callable[[int, int], None] | None = None) -> None:
@@ -233,6 +235,25 @@ class Engine:
             self._leave()
 
     # Inside
+
+    def _advance(self) -> list[Step]:
+        """End a round. The device is given the next one before text is made of this one and the caller has it."""
+        round_, self._under_way = self._under_way, None
+        if round_ is None or all(slot.finish_reason for slot in round_.slots):
+            round_ = self._begin_round()
+        emitted = self._end_round(round_)
+        self._leave()
+        if self._running and self._recorder.on and not self._can_fill:  # a prompt that waits goes first
+            self._under_way = self._begin_round()
+        tree = round_.outcome.tree
+        return [
+            Step(slot, tokens, slot.say(), drafted, tree.rows(slice(row, row + 1)), known)
+            for row, slot, tokens, drafted, known in emitted
+        ]
+
+    @property
+    def _can_fill(self) -> bool:
+        return bool(self.pending) and len(self._running) < self.slots
 
     def _slot(self, request: Conversation | Prompt, sampling: Sampling | None) -> Slot:
         sampling = sampling or Sampling()
@@ -282,23 +303,49 @@ class Engine:
             raise
         self._loop.front.admit(row, first)
         self._running.append(slot)
-        emitted, text = slot.emit(first.tolist(), self.target.eos_token_ids)
+        emitted = slot.take(first.tolist(), self.target.eos_token_ids)
         self._leave()
-        return Step(slot, emitted, text, 0, None, likelihoods(logits[0], slot.sampling, emitted))
+        return Step(slot, emitted, slot.say(), 0, None, likelihoods(logits[0], slot.sampling, emitted))
 
-    def _round(self, slots: Sequence[Slot]) -> tuple[Outcome, list[list[int]]]:
-        """The step on the device, replayed where that is possible, and its one host read."""
+    def _begin_round(self) -> _Round:
+        """Give the device a step of all running slots, as a graph where that is possible. Nothing is read back."""
+        slots, recorded = list(self._running), self._recorder.captures
+        self._stopwatch.start()
         bucket = self._bucket(slots)
         self._put_off = (0 if bucket.catch_up else self._put_off) + (not bucket.drafts)
         corrected = self._correction(slots)
         if corrected is None and self._recorder.ready(bucket):
-            with self._clock("step", slots):
+            part = "step"
+            with self._clock(part, slots):
                 outcome = self._recorder.replay(bucket)
                 # The next replay writes over it, and a tree goes out to whoever asked.
-                return replace(outcome, tree=outcome.tree.clone()), outcome.table.tolist()
-        outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)
-        with self._clock("choose", slots):
-            return outcome, outcome.table.tolist()
+                outcome = replace(outcome, tree=outcome.tree.clone())
+        else:
+            part = "choose"
+            outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)
+        self._stopwatch.stop()
+        return _Round(slots, outcome, part, self._recorder.captures == recorded)
+
+    def _end_round(self, round_: _Round) -> list[tuple[int, Slot, list[int], int, tuple[Logprob, ...]]]:
+        """Its one host read: row, slot, tokens, how many of them were drafted, and how likely they were."""
+        along, ends = round_.outcome.along, self.target.eos_token_ids
+        with self._clock(round_.part, round_.slots):
+            table = round_.outcome.table.tolist()
+        emitted, accepted = [], {}
+        for row, (slot, (count, *chosen)) in enumerate(zip(round_.slots, table, strict=False)):  # behind: padding
+            if slot.finish_reason is None:  # it may have been cancelled meanwhile
+                nodes, accepted[slot] = chosen.pop(), chosen[:count]
+                tokens = slot.take(accepted[slot], ends)
+                drafted = min(len(tokens), count - 1)
+                slot.stats.add_pass(len(tokens), drafted, nodes - 1)
+                known = () if along is None else likelihoods(along[row], slot.sampling, tokens)
+                emitted.append((row, slot, tokens, drafted, known))
+        by_row = [accepted.get(slot, []) for slot in self._running]  # which may have moved
+        self._target.settle([len(chosen) for chosen in by_row])
+        self._drafter.settle(by_row)
+        kept = {slot: len(chosen) - 1 for slot, chosen in accepted.items()}
+        self._plan.learn(kept, self._stopwatch.seconds if round_.ordinary else None)
+        return emitted
 
     def _bucket(self, slots: Sequence[Slot]) -> Bucket:
         """What the next step looks like. The tree's shape is decided here and nowhere else."""

@@ -28,6 +28,8 @@ class Slot:
     finish_reason: str | None = None
     stats: Stats = field(default_factory=Stats)
     error: Exception | None = None
+    _unsaid: list[int] = field(default_factory=list)  # tokens that are not text yet
+    _said: str = ""  # text that was not told yet
 
     @property
     def text(self) -> str:
@@ -39,26 +41,40 @@ class Slot:
         """What there is of it, once it has finished."""
         return Generation(self.tokens, self.text, self.finish_reason or "", self.stats)
 
-    def emit(self, tokens: Sequence[int], ends: AbstractSet[int]) -> tuple[list[int], str]:
-        """Take tokens one by one until it must stop; those that it took, and the newly released text.
+    def take(self, tokens: Sequence[int], ends: AbstractSet[int]) -> list[int]:
+        """Take tokens one by one until it must stop; those that it took. Their text is for `say`.
 
         ends  ids that end a sequence
         """
-        emitted: list[int] = []
-        text = ""
+        taken: list[int] = []
         for token in tokens:
-            emitted.append(token)
+            taken.append(token)
             self.tokens.append(token)
-            stopped = token in ends and not self.sampling.ignore_eos
             if self.stream:
-                released, complete = self.stream.push(token)
-                text += released
-                stopped = stopped or complete
+                self._unsaid.append(token)
+            stopped = token in ends and not self.sampling.ignore_eos
+            if self.sampling.stop:  # then the text decides, too
+                stopped |= self._spell()
             if stopped or len(self.tokens) == self.sampling.max_new_tokens:
                 self.finish_reason = "stop" if stopped else "length"
-                text += self.stream.finish() if self.stream else ""
                 break
-        return emitted, text
+        return taken
+
+    def say(self) -> str:
+        """The text that was released by the tokens taken since the last call."""
+        self._spell()
+        if self.stream and self.finish_reason in ("stop", "length"):
+            self._said += self.stream.finish()
+        text, self._said = self._said, ""
+        return text
+
+    def _spell(self) -> bool:
+        """Turn tokens into text; whether that completes a stop string."""
+        complete = False
+        while self.stream and self._unsaid:
+            released, complete = self.stream.push(self._unsaid.pop(0))
+            self._said += released
+        return complete
 
 
 @dataclass(frozen=True)

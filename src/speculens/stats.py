@@ -20,7 +20,8 @@ class Stats:
     num_draft_tokens     drafted nodes that were scored
     num_accepted_tokens  drafted tokens that the target kept
     accepted_at          accepted_at[i]: passes that kept at least i + 1 drafted tokens
-    seconds              by part: prefill, draft, score, choose, observe; or step, where all four were one graph
+    seconds              of the host by part: prefill, draft, score, choose, observe; or step, where all four were one
+                         graph: launching it and waiting for it, not what the host does meanwhile
     drafter_notes        what the drafter decided about each picture, lists by name; most drafters decide nothing
     """
 
