@@ -59,7 +59,7 @@ class Plan(Protocol):
         """The shape of the next step of these slots, whose longest has so many committed columns."""
 
     def learn(self, accepted: Mapping[Any, int], seconds: float | None) -> None:
-        """What the step came to: drafted tokens that each slot accepted; how long it took, if that was an ordinary one."""
+        """What the step came to: drafted tokens that each slot accepted; its seconds, if it was an ordinary one."""
 
     def forget(self, slot: Hashable) -> None:
         """A slot has ended."""
