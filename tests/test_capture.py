@@ -246,6 +246,25 @@ def test_what_a_step_tells_is_its_own_though_the_next_round_is_under_way(method,
     assert trees_and_logprobs(replaying(method, family, slots=3), family) == want
 
 
+def test_graphs_of_prompts_may_write_where_a_round_under_way_leaves_its_results(monkeypatch):
+    """They share a pool: whichever is recorded later may put its results into what the other one works with."""
+    family = "llava"
+    want = trees_and_logprobs(engine_for("eaglevlm", family, slots=3), family)
+    engine, spoilt = replaying("eaglevlm", family, slots=3), []
+    own = engine._target.prefill
+
+    def prefill(asked):
+        spoilt.append(engine._under_way is not None)
+        for outcome in engine._recorder.held.values():
+            for part in _tensors(outcome):
+                part.fill_(1)
+        return own(asked)
+
+    monkeypatch.setattr(engine._target, "prefill", prefill)
+    assert trees_and_logprobs(engine, family) == want
+    assert any(spoilt)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["", "and another comes"])
 @pytest.mark.parametrize("leaver", [0, 1, 2])
 def test_a_slot_is_cancelled_while_its_round_is_under_way(leaver, late):

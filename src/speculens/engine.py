@@ -317,9 +317,8 @@ class Engine:
         if corrected is None and self._recorder.ready(bucket):
             part = "step"
             with self._clock(part, slots):
-                outcome = self._recorder.replay(bucket)
-                # The next replay writes over it, and a tree goes out to whoever asked.
-                outcome = replace(outcome, tree=outcome.tree.clone())
+                # Other graphs write where this one leaves its results, a prompt's for one, and a tree is given away.
+                outcome = self._recorder.replay(bucket).clone()
         else:
             part = "choose"
             outcome = self._loop.step(bucket, lambda part: self._clock(part, slots), corrected)

@@ -59,6 +59,10 @@ class Outcome:
     table: Tensor
     along: Tensor | None = None
 
+    def clone(self) -> Outcome:
+        """The same in memory of its own."""
+        return Outcome(self.tree.clone(), self.table.clone(), None if self.along is None else self.along.clone())
+
 
 @dataclass(frozen=True)
 class Front:
