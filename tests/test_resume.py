@@ -115,6 +115,18 @@ def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(tmp_path):
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def test_the_best_drafter_is_never_one_of_a_branch_that_was_abandoned(tmp_path, monkeypatch):
+    lengths = iter([2.0, 3.0, 1.0, 1.5])
+    monkeypatch.setattr("speculens.training.measure.Exam.measure", lambda *_: {"mean_acceptance_length": next(lengths)})
+    plan = {"save_every": 1, "keep": 4, "eval_every": 1}
+    runs.run(tmp_path, steps=2, **plan)
+    abandoned = load_file(tmp_path / "best" / "model.safetensors")
+    runs.run(tmp_path, str(tmp_path / "checkpoint-1"), steps=3, **plan)
+    best = load_file(tmp_path / "best" / "model.safetensors")
+    assert any(not torch.equal(best[name], abandoned[name]) for name in best)
+    assert "3 updates" in (tmp_path / "best" / "README.md").read_text()
+
+
 # --- what a kill may leave behind
 
 

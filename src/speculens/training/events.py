@@ -16,12 +16,13 @@ Listener = Callable[[Event], None]
 
 
 class Log:
-    """JSON lines in a file. A resumed run drops what was logged after its checkpoint."""
+    """JSON lines in a file. A resumed run drops what was logged after its checkpoint: those events are `dropped`."""
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        events = [(line, event) for line in lines if (event := _read(line))]
+        self.dropped = [event for _, event in events if event.get("step", 0) > step]
+        path.write_text("".join(f"{line}\n" for line, event in events if event.get("step", 0) <= step))
         self._path = path
 
     def __call__(self, event: Event) -> None:
@@ -29,11 +30,12 @@ class Log:
             file.write(json.dumps(event) + "\n")
 
 
-def _step(line: str) -> float:
+def _read(line: str) -> Event | None:
     try:
-        return json.loads(line).get("step", 0)
+        event: Event = json.loads(line)
     except ValueError:  # the last line of a run that was killed
-        return float("inf")
+        return None
+    return event
 
 
 class Bar:

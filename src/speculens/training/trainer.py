@@ -171,7 +171,9 @@ class Trainer:
                 checkpoint.tidy(self.output)
                 checkpoint.drop_after(self.output, self.progress.step)
                 (self.output / "recipe.yaml").write_text(recipe.to_yaml())
-                self.listeners += [Log(self.output / "log.jsonl", self.progress.step), stack.enter_context(Bar())]
+                log = Log(self.output / "log.jsonl", self.progress.step)
+                self._forget_best(log.dropped)
+                self.listeners += [log, stack.enter_context(Bar())]
             batches = stack.enter_context(stream(read, encoder, self.order, recipe.workers, pin=pin))
             self._tell("start", conversations=len(self.source), batches_per_epoch=self.order.batches, **_versions())
             self._since = time.monotonic()
@@ -320,6 +322,12 @@ class Trainer:
                 self.progress.best = self._figures["mean_acceptance_length"]
                 self._save_drafter("best")
         self.crew.wait()
+
+    def _forget_best(self, dropped: Sequence[Event]) -> None:
+        """Where a run goes on from before its best drafter, the next one that is measured takes that one's place."""
+        lengths = [event["mean_acceptance_length"] for event in dropped if event["event"] == "eval"]
+        if max(lengths, default=-1.0) >= self.progress.best:
+            self.progress.best = 0.0
 
     def _taught(self) -> TrainedDrafter:
         """What is measured and kept."""
