@@ -18,7 +18,7 @@ from speculens.capture import Recorder
 from speculens.drafters import NoDrafter
 from speculens.drafters.session import HeadSession
 from speculens.engine import Engine
-from speculens.loop import Loop
+from speculens.loop import Loop, Outcome
 from speculens.sampling import Sampling
 from speculens.slot import Slot
 from speculens.targets import Target, TargetSession
@@ -76,6 +76,17 @@ def replayed() -> None:
         engine.step()
     for ask, slot in zip(asks, slots, strict=True):
         compare(slot.tokens, reference("llava", ask, law))
+
+
+def replayed_queue() -> None:
+    """Prompts that come while a round of others is under way."""
+    asks = [Ask(), Ask(seed=2), Ask(images=2, seed=1), Ask(images=3, turns=3, seed=3)]
+    samplings = [Sampling(max_new_tokens=length) for length in (9, LENGTH, 15, 12)]
+    engine = Engine(target("llava"), guesser("eaglevlm", "llava"), slots=2, capacity=300, shape=WIDE)
+    engine._recorder = Replica(engine)
+    answers = engine.generate_all([prompt("llava", ask) for ask in asks], samplings)
+    for ask, law, answer in zip(asks, samplings, answers, strict=True):
+        compare(answer.tokens, reference("llava", ask, law))
 
 
 def same_drafts() -> None:
@@ -270,6 +281,11 @@ def a_bucket_is_too_small_for_its_rows(_right, _columns, _most):
 def recording_leaves_its_traces(_right, _recorder, _kept): ...
 
 
+@change(Outcome, "clone")
+def results_are_left_where_other_graphs_write(_right, outcome):
+    return outcome
+
+
 @change(SlotCache, "commit")
 def pieces_of_a_prompt_are_committed_too_late(right, cache, counts):
     right(cache, counts)
@@ -349,6 +365,7 @@ MUTANTS = [
             pieces_of_a_prompt_are_committed_too_late,
         )
     ),
+    Mutant(results_are_left_where_other_graphs_write, replayed_queue),
     Mutant(what_was_not_accepted_is_remembered, same_drafts),
     Mutant(a_pictures_vector_stays_with_its_row, same_drafts),
     Mutant(noise_does_not_depend_on_position, pair_law),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class _Round:
     outcome: Outcome
     part: str
     ordinary: bool
+
+
+class _Taken(NamedTuple):
+    """What one slot, a row of a round, took of it."""
+
+    slot: Slot
+    row: slice
+    tokens: list[int]
+    drafted: int
+    logprobs: tuple[Logprob, ...]
 
 
 class Engine:
@@ -241,14 +251,13 @@ class Engine:
         round_, self._under_way = self._under_way, None
         if round_ is None or all(slot.finish_reason for slot in round_.slots):
             round_ = self._begin_round()
-        emitted = self._end_round(round_)
+        taken = self._end_round(round_)
         self._leave()
         if self._running and self._recorder.on and not self._can_fill:  # a prompt that waits goes first
             self._under_way = self._begin_round()
-        tree = round_.outcome.tree
         return [
-            Step(slot, tokens, slot.say(), drafted, tree.rows(slice(row, row + 1)), known)
-            for row, slot, tokens, drafted, known in emitted
+            Step(one.slot, one.tokens, one.slot.say(), one.drafted, round_.outcome.tree.rows(one.row), one.logprobs)
+            for one in taken
         ]
 
     @property
@@ -325,12 +334,12 @@ class Engine:
         self._stopwatch.stop()
         return _Round(slots, outcome, part, self._recorder.captures == recorded)
 
-    def _end_round(self, round_: _Round) -> list[tuple[int, Slot, list[int], int, tuple[Logprob, ...]]]:
-        """Its one host read: row, slot, tokens, how many of them were drafted, and how likely they were."""
+    def _end_round(self, round_: _Round) -> list[_Taken]:
+        """The one host read of a round, and all that it decides."""
         along, ends = round_.outcome.along, self.target.eos_token_ids
         with self._clock(round_.part, round_.slots):
             table = round_.outcome.table.tolist()
-        emitted, accepted = [], {}
+        taken, accepted = [], {}
         for row, (slot, (count, *chosen)) in enumerate(zip(round_.slots, table, strict=False)):  # behind: padding
             if slot.finish_reason is None:  # it may have been cancelled meanwhile
                 nodes, accepted[slot] = chosen.pop(), chosen[:count]
@@ -338,13 +347,13 @@ class Engine:
                 drafted = min(len(tokens), count - 1)
                 slot.stats.add_pass(len(tokens), drafted, nodes - 1)
                 known = () if along is None else likelihoods(along[row], slot.sampling, tokens)
-                emitted.append((row, slot, tokens, drafted, known))
+                taken.append(_Taken(slot, slice(row, row + 1), tokens, drafted, known))
         by_row = [accepted.get(slot, []) for slot in self._running]  # which may have moved
         self._target.settle([len(chosen) for chosen in by_row])
         self._drafter.settle(by_row)
         kept = {slot: len(chosen) - 1 for slot, chosen in accepted.items()}
         self._plan.learn(kept, self._stopwatch.seconds if round_.ordinary else None)
-        return emitted
+        return taken
 
     def _bucket(self, slots: Sequence[Slot]) -> Bucket:
         """What the next step looks like. The tree's shape is decided here and nowhere else."""
