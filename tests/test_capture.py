@@ -226,6 +226,17 @@ def test_settings_with_a_past_run_eagerly_and_the_others_go_on_as_graphs():
     assert {"draft", "score", "choose", "observe", "step"} <= set(plain.stats.seconds)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("method", ["none", "eaglevlm"])
+def test_a_tree_stands_on_the_token_before_it(method, recorded):
+    engine = (replaying if recorded else engine_for)(method, "llava", slots=2)
+    first, *steps = engine.stream(requests("llava")[0], Sampling(max_new_tokens=8))
+    before = first.tokens[-1]
+    for step in steps:
+        assert step.tree.tokens[0, 0] == before
+        before = step.tokens[-1]
+
+
 # The next round begins before this one's text is made
 
 

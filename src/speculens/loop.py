@@ -185,7 +185,7 @@ class Loop:
             with clock("observe"):
                 self._catch_up(rows, bucket.horizon)
         with clock("draft"):
-            roots = front.roots[rows]
+            roots = front.roots[rows].clone()  # a tree may hold them, and this step changes them
             drafts = bucket.drafts
             tree = self._drafter.draft(roots, bucket.shape, bucket.horizon) if drafts else DraftTree.root(roots)
         with clock("score"):
