@@ -14,6 +14,8 @@ The target is a trained testbed model, widened to Qwen2.5-VL-7B's or LLaVA-1.5-7
     hf      the same prompts by Hugging Face's `generate`: eager, with prompt lookup, with a static cache and compiled
     slots   tokens per second of 1, 4, 16 and 32 slots, speculation off and on, again with the better of the two
             largest trees that so many slots may have; a first run chooses it
+    queue   three requests a slot, 16 slots: whoever ends makes room for the next between two steps; tokens per second
+            of all, prompts included, and how long those that run wait for a step
     memory  peak over `none`; bytes of KV as the engine tells them, and as they were allocated
 
 Graphs are recorded before anything is timed, and trees are pinned. Each part writes its JSON when it ends,
@@ -43,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +487,42 @@ def _at_once(setup: Setup, slots: int) -> dict[str, Any]:
     }
 
 
+# A queue
+
+
+def measure_queue(setup: Setup, slots: int = 16, each: int = 3) -> dict[str, Any]:
+    """Prompts are filled in while others run. On and off in turn, with the better of two trees."""
+    sampling = Sampling(max_new_tokens=setup.new_tokens)
+    asked = list(islice(cycle(setup.prompts), each * slots))
+    tree = _fastest(setup, setup.best, [sampling], slots, [asked[:slots]])
+    contenders = {NONE: setup.engine(NONE, asked, [sampling], slots), "drafted": tree.engine}
+    serve = partial(_serve, asked=asked, sampling=sampling, clock=setup.clock)
+    runs = _rounds({name: partial(serve, engine) for name, engine in contenders.items()}, 2)
+    speeds = {name: statistics.median(speed for speed, _ in found) for name, found in runs.items()}
+    waits = {name: statistics.quantiles(chain(*(ms for _, ms in found)), n=20) for name, found in runs.items()}
+    return {
+        "slots": slots,
+        "requests": len(asked),
+        **tree.words,
+        "tokens_per_second": speeds,
+        "on_over_off": speeds["drafted"] / speeds[NONE],
+        "step_ms": {name: {"median": cuts[9], "of_20_the_longest": cuts[18]} for name, cuts in waits.items()},
+    }
+
+
+def _serve(engine: Engine, asked: Sequence[Prompt], sampling: Sampling, clock: Clock) -> tuple[float, list[float]]:
+    """Tokens per second from the first request to the last token, and the milliseconds between ends of steps."""
+    begun = time.perf_counter()
+    served = [engine.submit(prompt, sampling) for prompt in asked]
+    ends = [begun]
+    while engine.running or engine.pending:
+        engine.step()
+        ends.append(time.perf_counter())
+        clock.check()
+    tokens = sum(len(slot.tokens) for slot in served)
+    return tokens / (ends[-1] - begun), [1e3 * (after - before) for before, after in pairwise(ends)]
+
+
 @dataclass(frozen=True)
 class _Tree:
     """An engine with the tree that was the fastest of those tried; tokens per second of each."""
@@ -603,6 +641,7 @@ PARTS: Mapping[str, Callable[[Setup], dict[str, Any]]] = {
     "pairs": measure_pairs,
     "hf": measure_huggingface,
     "slots": measure_slots,
+    "queue": measure_queue,
     "memory": measure_memory,
 }
 
@@ -770,6 +809,9 @@ def _print_table(results: Mapping[str, Any]) -> None:
         if isinstance(line, dict):
             ratios = f"{line['on_over_off']:.2f}, with prefill {line['on_over_off_with_prefill']:.2f}"
             print(f"slots {slots:>3s}  speculation on / off {ratios}; tree {line['tree']}")
+    if speeds := results.get("queue", {}).get("tokens_per_second"):
+        queue = results["queue"]
+        print(f"queue     speculation on / off {queue['on_over_off']:.2f}; {speeds}; step {queue['step_ms']}")
     print(f"\n{'figure':32s} {'measured':>9s} {'must':>7s} {'aim':>7s}")
     for name, value in summary(results).items():
         must, aim, more = GOALS[name]

@@ -24,6 +24,19 @@ def test_a_dry_run_ends_in_one_line_of_json(monkeypatch, capsys, tmp_path):
     assert saved == results["setting"] | results["memory"]
 
 
+def test_a_queue_is_served_to_its_end(monkeypatch, capsys):
+    words = ["--target", "testbed/weights/llava", "--drafters", "testbed/weights/llava-eaglevlm"]
+    words += ["--tiny", "--parts", "queue", "--long-pictures", "1"]
+    monkeypatch.setattr(sys, "argv", ["fast", *words])
+    monkeypatch.setitem(fast.PARTS, "queue", lambda setup: fast.measure_queue(setup, slots=2, each=2))
+    fast.main()
+    queue = json.loads(capsys.readouterr().out.splitlines()[-1])["queue"]
+    assert (queue["slots"], queue["requests"]) == (2, 4)
+    speeds = queue["tokens_per_second"]
+    assert queue["on_over_off"] == pytest.approx(speeds["drafted"] / speeds["none"])
+    assert all(0 < cuts["median"] <= cuts["of_20_the_longest"] for cuts in queue["step_ms"].values())
+
+
 def test_a_peak_leaves_out_weights_that_only_lie_there(monkeypatch):
     idle = torch.nn.Linear(10, 5, dtype=torch.float16)
     used = []
