@@ -141,6 +141,29 @@ def check_pieces(family: str) -> None:
     assert [slot.tokens for slot in slots] == texts(whole, requests(family), GREEDY)
 
 
+def check_leaving(family: str, leaver: int) -> None:
+    """A slot is cancelled while a round of it is under way, and another prompt comes before that round is read."""
+    law, asked = Sampling(max_new_tokens=24), requests(family)[:4]
+    made = dict(slots=3, capacity=CAPACITY, shape=WIDE)
+    eager = Engine(target(family), guesser("eaglevlm", family), capture="off", **made)
+    alone = texts(eager, asked, [law] * 4, [24] * 4)
+    engine = Engine(target(family), guesser("eaglevlm", family), **made)
+    for record in engine._target.recordings(engine._recorder.place):  # before steps, which then lie in their pool
+        assert record()
+    slots = [engine.admit(one, law).slot for one in asked[:3]]
+    for _ in range(3):
+        engine.step()
+    assert engine._under_way
+    engine.cancel(slots[leaver])
+    slots.append(engine.admit(asked[3], law).slot)
+    while engine.running:
+        engine.step()
+    kept = [tokens[: len(slot.tokens)] for slot, tokens in zip(slots, alone, strict=True)]
+    assert [slot.tokens for slot in slots] == kept
+    assert [slot.finish_reason == "cancelled" for slot in slots] == [number == leaver for number in range(4)]
+    assert engine._recorder.on and engine._target._graphs.recorder.replays == len(asked)
+
+
 def check_towers(family: str) -> None:
     """What a replayed tower gives is bit by bit what a launched one gives; one that cannot be recorded is launched."""
     made = Target(copy.deepcopy(tiny.model(family)).to("cuda"), tiny.processor(family))
@@ -256,6 +279,8 @@ def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
                     yield f"{method} on {family}, {slots} slots, {name}", case
     for family in FAMILIES[:2]:
         yield f"pieces on {family}", functools.partial(check_pieces, family)
+        for leaver in range(3):
+            yield f"slot {leaver} leaves on {family}", functools.partial(check_leaving, family, leaver)
 
 
 def main(words: list[str]) -> int:
