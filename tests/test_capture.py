@@ -224,6 +224,10 @@ def test_settings_with_a_past_run_eagerly_and_the_others_go_on_as_graphs():
     assert penalised.tokens == alone
     assert engine._recorder.replays
     assert {"draft", "score", "choose", "observe", "step"} <= set(plain.stats.seconds)
+    slot = engine.admit(requests(family)[0], law).slot
+    while engine.running:
+        assert {step.slot for step in engine.step()} == {slot}
+        assert engine._under_way is None, "it would be launched kernel by kernel before this step is told"
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -311,6 +315,7 @@ def test_a_round_whose_slots_have_all_gone_is_not_read():
         assert engine._under_way
         slots = [engine.admit(one, law).slot for one in others]  # they run beside a round that is not theirs
         steps.close()
+        assert slots or engine._under_way is None, "an idle engine holds nothing of what has gone"
         assert {step.slot for step in engine.step()} == {*slots}
         while engine.running:
             engine.step()

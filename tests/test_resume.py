@@ -116,12 +116,22 @@ def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(tmp_path):
 
 
 def test_the_best_drafter_is_never_one_of_a_branch_that_was_abandoned(tmp_path, monkeypatch):
-    lengths = iter([2.0, 3.0, 1.0, 1.5])
-    monkeypatch.setattr("speculens.training.measure.Exam.measure", lambda *_: {"mean_acceptance_length": next(lengths)})
+    """However often a run is killed and goes on before the next one is measured."""
+    lengths = iter([2.0, 3.0, None, 1.0, 1.5])
+
+    def measure(*_: object) -> dict[str, float]:
+        length = next(lengths)
+        if length is None:
+            raise KeyboardInterrupt
+        return {"mean_acceptance_length": length}
+
+    monkeypatch.setattr("speculens.training.measure.Exam.measure", measure)
     plan = {"save_every": 1, "keep": 4, "eval_every": 1}
     runs.run(tmp_path, steps=2, **plan)
     abandoned = load_file(tmp_path / "best" / "model.safetensors")
-    runs.run(tmp_path, str(tmp_path / "checkpoint-1"), steps=3, **plan)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(tmp_path, str(tmp_path / "checkpoint-1"), steps=3, **plan)
+    runs.run(tmp_path, "latest", steps=3, **plan)
     best = load_file(tmp_path / "best" / "model.safetensors")
     assert any(not torch.equal(best[name], abandoned[name]) for name in best)
     assert "3 updates" in (tmp_path / "best" / "README.md").read_text()

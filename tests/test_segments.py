@@ -89,3 +89,16 @@ def test_sizes_that_come_again_are_laid_out_once(family, monkeypatch):
     embeds(2)  # one too many: the second prompt's is the oldest
     assert torch.equal(embeds(0), first[0]) and len(made) == 3
     assert torch.equal(embeds(1), first[1]) and len(made) == 4
+
+
+@pytest.mark.parametrize("family", SEGMENTED)
+def test_sizes_first_seen_in_inference_mode_may_be_learnt_from_later(family):
+    model = copy.deepcopy(tiny.model(family, torch.float64))
+    join_segments(model)
+    prompt = Target(model, tiny.processor(family)).encode(tiny.conversation(family, images=1))
+    with torch.inference_mode():
+        model(**prompt.inputs)
+    model.requires_grad_(True)
+    model(**prompt.inputs).logits.sum().backward()
+    entries = [tower.patch_embed.proj for tower in towers(model) if hasattr(tower, "patch_embed")]
+    assert entries and all(entry.weight.grad is not None for entry in entries)

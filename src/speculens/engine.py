@@ -253,12 +253,18 @@ class Engine:
             round_ = self._begin_round()
         taken = self._end_round(round_)
         self._leave()
-        if self._running and self._recorder.on and not self._can_fill:  # a prompt that waits goes first
+        if self._may_hurry:
             self._under_way = self._begin_round()
         return [
             Step(one.slot, one.tokens, one.slot.say(), one.drafted, round_.outcome.tree.rows(one.row), one.logprobs)
             for one in taken
         ]
+
+    @property
+    def _may_hurry(self) -> bool:
+        """Whether a next round can be launched at once: none that looks at a row's past, and prompts go first."""
+        past = any(slot.sampling.needs_history for slot in self._running)
+        return bool(self._running) and self._recorder.on and not past and not self._can_fill
 
     @property
     def _can_fill(self) -> bool:
@@ -335,7 +341,7 @@ class Engine:
         return _Round(slots, outcome, part, self._recorder.captures == recorded)
 
     def _end_round(self, round_: _Round) -> list[_Taken]:
-        """The one host read of a round, and all that it decides."""
+        """Read what a round brought, and do all that the next one depends on."""
         along, ends = round_.outcome.along, self.target.eos_token_ids
         with self._clock(round_.part, round_.slots):
             table = round_.outcome.table.tolist()
@@ -438,6 +444,8 @@ class Engine:
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last
+        if not self._running:
+            self._under_way = None  # nobody is left to read it for
 
     def _check_idle(self) -> None:
         if busy := len(self._running) + len(self.pending):

@@ -81,6 +81,8 @@ def segmented_attention(
     return (joined if plan.back is None else joined.index_select(0, plan.back))[None], None
 
 
+# What is kept may be used under gradients later, whoever made it.
+@torch.inference_mode(mode=False)
 def _plan(bounds: list[int], device: torch.device) -> _Plan:
     starts: dict[int, list[int]] = {}  # by length
     for start, end in pairwise(bounds):
@@ -139,6 +141,7 @@ class _Foresight:
         return args, self._known[key] | kwargs
 
 
+@torch.inference_mode(mode=False)
 def layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
     """What a tower's forward works out from the sizes (pictures, 3) of its pictures, by the names that it takes.
 

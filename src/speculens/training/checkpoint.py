@@ -21,6 +21,7 @@ from speculens.errors import UserError, first_line
 
 PREFIX = "checkpoint-"
 AVERAGE = "ema.safetensors"
+MADE_AT = "updates.txt"
 GO_ON = "Earlier checkpoints are intact: make room and go on with --resume-from latest."
 
 
@@ -125,6 +126,16 @@ def drop_after(output: Path, step: int) -> None:
     for folder in checkpoints(output):
         if _step(folder) > step:  # renamed first, so that a kill leaves no half of one that `latest` would mean
             shutil.rmtree(folder.rename(output / f".{folder.name}.partial"))
+
+
+def sign(folder: Path, step: int) -> None:
+    """Note in a drafter's folder after how many updates it was made."""
+    (folder / MADE_AT).write_text(f"{step}\n")
+
+
+def made_at(folder: Path) -> int:
+    """What `sign` noted; 0 where it did not."""
+    return int((folder / MADE_AT).read_text()) if (folder / MADE_AT).exists() else 0
 
 
 def checkpoints(output: Path) -> list[Path]:

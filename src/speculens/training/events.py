@@ -16,13 +16,12 @@ Listener = Callable[[Event], None]
 
 
 class Log:
-    """JSON lines in a file. A resumed run drops what was logged after its checkpoint: those events are `dropped`."""
+    """JSON lines in a file. A resumed run drops what was logged after its checkpoint."""
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines() if step and path.exists() else []
-        events = [(line, event) for line in lines if (event := _read(line))]
-        self.dropped = [event for _, event in events if event.get("step", 0) > step]
-        path.write_text("".join(f"{line}\n" for line, event in events if event.get("step", 0) <= step))
+        kept = [line for line in lines if _step(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
         self._path = path
 
     def __call__(self, event: Event) -> None:
@@ -30,12 +29,11 @@ class Log:
             file.write(json.dumps(event) + "\n")
 
 
-def _read(line: str) -> Event | None:
+def _step(line: str) -> float:
     try:
-        event: Event = json.loads(line)
+        return json.loads(line).get("step", 0)
     except ValueError:  # the last line of a run that was killed
-        return None
-    return event
+        return float("inf")
 
 
 class Bar:

@@ -171,9 +171,9 @@ class Trainer:
                 checkpoint.tidy(self.output)
                 checkpoint.drop_after(self.output, self.progress.step)
                 (self.output / "recipe.yaml").write_text(recipe.to_yaml())
-                log = Log(self.output / "log.jsonl", self.progress.step)
-                self._forget_best(log.dropped)
-                self.listeners += [log, stack.enter_context(Bar())]
+                if checkpoint.made_at(self.output / "best") > self.progress.step:
+                    self.progress.best = 0.0  # of a branch that is abandoned: the next that is measured takes its place
+                self.listeners += [Log(self.output / "log.jsonl", self.progress.step), stack.enter_context(Bar())]
             batches = stack.enter_context(stream(read, encoder, self.order, recipe.workers, pin=pin))
             self._tell("start", conversations=len(self.source), batches_per_epoch=self.order.batches, **_versions())
             self._since = time.monotonic()
@@ -323,12 +323,6 @@ class Trainer:
                 self._save_drafter("best")
         self.crew.wait()
 
-    def _forget_best(self, dropped: Sequence[Event]) -> None:
-        """Where a run goes on from before its best drafter, the next one that is measured takes that one's place."""
-        lengths = [event["mean_acceptance_length"] for event in dropped if event["event"] == "eval"]
-        if max(lengths, default=-1.0) >= self.progress.best:
-            self.progress.best = 0.0
-
     def _taught(self) -> TrainedDrafter:
         """What is measured and kept."""
         return self.average.module() if self.average else self.drafter
@@ -354,6 +348,7 @@ class Trainer:
             decodes = copy.deepcopy(self._taught()).to(self.student_dtype)  # what rounding loses, decoding never sees
             with whole(self.output / name, checkpoint.GO_ON) as partial:
                 save_drafter(decodes, partial, self._card())
+                checkpoint.sign(partial, self.progress.step)
         return self.output / name
 
     def _card(self) -> dict[str, Any]:
